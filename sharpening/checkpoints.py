@@ -1,0 +1,178 @@
+"""Checkpoints that a kill at any moment cannot spoil, and from which a run resumes exactly."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast, set_seed
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch.optim.lr_scheduler import LRScheduler
+
+from sharpening.arguments import public
+from sharpening.errors import UserError
+
+logger = get_logger(__name__)
+
+STATE_FILE = "state.json"  # written last: a checkpoint without it is incomplete
+# Flags that decide which draws a step sees or what it computes: changing one makes a resumed run another run.
+IDENTITY_FLAGS = (
+    "train_batch_size", "gradient_accumulation_steps", "num_noisy_latents", "trajectory_nums", "infer_steps",
+    "resolution", "reward_model", "learning_rate", "lr_scheduler", "max_train_samples",
+)  # fmt: skip
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The optimizer step of a complete checkpoint folder, or None when it is not one."""
+    try:
+        return int(json.loads((path / STATE_FILE).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first; incomplete ones are passed over with a warning."""
+    complete = []
+    for path in output_dir.glob("checkpoint-*"):
+        if not re.fullmatch(r"checkpoint-\d+", path.name):
+            continue
+        if checkpoint_step(path) is None:
+            logger.warning(f"{path} is incomplete (no {STATE_FILE}) and is passed over", main_process_only=True)
+        else:
+            complete.append(path)
+    return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
+
+
+def clean_up_checkpoints(output_dir: Path) -> None:
+    """Finish what a killed run left: drop half-written folders, put back one that was being replaced."""
+    for path in output_dir.glob(".checkpoint-*"):
+        original = output_dir / path.name.removeprefix(".").rsplit(".", 1)[0]
+        if path.suffix == ".replaced" and not original.exists():
+            path.rename(original)
+        else:
+            shutil.rmtree(path)
+
+
+def prepare_output(accelerator: Accelerator, args: Namespace) -> Path | None:
+    """Make the output folder, mend what a killed run left in it, and find the checkpoint to resume from.
+
+    Raises:
+        UserError: the folder cannot be written, the named checkpoint is incomplete, or a fresh run would mix its
+            checkpoints with another's.
+    """
+    output_dir = Path(args.output_dir)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                clean_up_checkpoints(output_dir)
+            except OSError as error:
+                raise UserError(f"--output_dir {output_dir} cannot be written ({error}); choose another") from error
+    if args.resume_from_checkpoint not in (None, "latest"):
+        path = Path(args.resume_from_checkpoint)
+        if checkpoint_step(path) is None:
+            raise UserError(
+                f"--resume_from_checkpoint {path} is not a complete checkpoint (no {STATE_FILE}); name another, or "
+                "latest"
+            )
+        return path
+    found = complete_checkpoints(output_dir)
+    if args.resume_from_checkpoint is None and found:
+        raise UserError(
+            f"--output_dir {output_dir} already holds {found[-1].name}; continue that run with "
+            "--resume_from_checkpoint latest, or choose another folder"
+        )
+    if args.resume_from_checkpoint == "latest" and not found:
+        logger.warning(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, so this run is new")
+    return found[-1] if found else None
+
+
+def resolve_run(accelerator: Accelerator, args: Namespace, checkpoint: Path | None) -> tuple[int, str]:
+    """Settle the seed, the same on every rank; return the step the run starts at and the id trackers know it by."""
+    state: dict[str, Any] = {}
+    if checkpoint is not None:
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        if args.seed is None:
+            args.seed = state["args"]["seed"]
+        for name in IDENTITY_FLAGS:
+            if state["args"].get(name) != getattr(args, name):
+                logger.warning(
+                    f"--{name} was {state['args'].get(name)} and is now {getattr(args, name)}: the resumed run "
+                    "differs from one that was never interrupted"
+                )
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
+    seed = broadcast(torch.tensor([args.seed], device=accelerator.device))
+    args.seed = int(seed)
+    set_seed(args.seed)
+    logger.info(f"seed {args.seed}, starting after step {state.get('step', 0)}")
+    return state.get("step", 0), state.get("run_id", secrets.token_hex(4))
+
+
+def register_checkpointing(
+    accelerator: Accelerator, unet: UNet2DConditionModel, ema: EMAModel | None, lr_scheduler: LRScheduler
+) -> None:
+    """Make `save_state` and `load_state` cover the schedule, and the UNet and its average as diffusers folders."""
+
+    def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
+        weights.clear()  # accelerate would otherwise write a second copy of them
+        if accelerator.is_main_process:
+            unet.save_pretrained(os.path.join(output_dir, "unet"))
+            if ema is not None:
+                ema.save_pretrained(os.path.join(output_dir, "unet_ema"))
+
+    def load(models: list[torch.nn.Module], input_dir: str) -> None:
+        models.clear()
+        saved = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet", torch_dtype=torch.float32)
+        unet.load_state_dict(saved.state_dict())
+        if ema is None:
+            return
+        folder = os.path.join(input_dir, "unet_ema")
+        if not os.path.isdir(folder):
+            raise UserError(f"--use_ema: {input_dir} was written without it; leave the flag out, or start a new run")
+        ema.load_state_dict(EMAModel.from_pretrained(folder, UNet2DConditionModel).state_dict())
+        ema.to(accelerator.device)
+
+    accelerator.register_for_checkpointing(lr_scheduler)
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(accelerator: Accelerator, args: Namespace, step: int, run_id: str) -> Path:
+    """Write `checkpoint-<step>` aside, rename it into place, then delete what `--checkpoints_total_limit` drops.
+
+    Every rank must call it. A kill at any moment leaves either the old or the new set of complete checkpoints.
+    """
+    final = Path(args.output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(f".{final.name}.partial")
+    replaced = final.with_name(f".{final.name}.replaced")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state = {"step": step, "run_id": run_id, "world_size": accelerator.num_processes, "args": public(args)}
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        keep = args.checkpoints_total_limit
+        for old in complete_checkpoints(final.parent)[:-keep] if keep else []:
+            # Out of sight first, so that a kill while deleting cannot leave something that looks complete.
+            aside = old.with_name(f".{old.name}.deleted")
+            old.rename(aside)
+            shutil.rmtree(aside)
+        logger.info(f"saved {final}")
+    accelerator.wait_for_everyone()
+    return final

@@ -1,0 +1,107 @@
+"""Randomness by counting: which row, noise and timestep every draw of a run gets.
+
+A draw is one row shown to the model once; draws are numbered 0, 1, 2, ... over the whole run, whatever the number of
+processes, micro-batches or workers. Everything random about a draw comes from its number and the run's seed, so a
+resumed run, two processes, or eight accumulated batches of one see exactly what one uninterrupted process would.
+"""
+
+import hashlib
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+
+def draw_generator(seed: int, draw: int, stream: str) -> torch.Generator:
+    """A CPU generator for one purpose (`stream`) of one draw; independent of every other purpose and draw."""
+    digest = hashlib.blake2b(f"{seed}/{draw}/{stream}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class DrawSampler(Sampler):
+    """Batches of (row, draw number) for one rank, from optimizer step `start_step` up to `num_steps`.
+
+    Draw g shows row `permutation_e[g % num_rows]` of epoch `e = g // num_rows`, so batches straddle epochs and no row
+    is dropped. Optimizer step s consists of draws [s * E, (s + 1) * E), E = batch_size * accumulation_steps *
+    world_size: which rows train together depends on E alone.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        accumulation_steps: int,
+        seed: int,
+        start_step: int,
+        num_steps: int,
+    ):
+        self.num_rows, self.batch_size, self.rank, self.world_size = num_rows, batch_size, rank, world_size
+        self.seed = seed
+        self.micro_batches = range(start_step * accumulation_steps, num_steps * accumulation_steps)
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, permutation = -1, torch.empty(0)
+        for micro_batch in self.micro_batches:
+            first = (micro_batch * self.world_size + self.rank) * self.batch_size
+            batch = []
+            for draw in range(first, first + self.batch_size):
+                if draw // self.num_rows != epoch:
+                    epoch = draw // self.num_rows
+                    permutation = torch.randperm(
+                        self.num_rows, generator=draw_generator(self.seed, epoch, "permutation")
+                    )
+                batch.append((int(permutation[draw % self.num_rows]), draw))
+            yield batch
+
+
+class Branches(NamedTuple):
+    """What is random about a batch of B prompts with n branches each."""
+
+    eps: Tensor  # (B, n, C, h, w) float32 noise
+    t: Tensor  # (B,) int64 first timestep, shared by the branches of a prompt
+    dropped: Tensor  # (B,) bool: train this draw without its prompt
+
+
+def draw_branches(
+    args: Namespace, draws: Sequence[int], n: int, shape: Sequence[int], probabilities: Tensor
+) -> Branches:
+    """n noises of `shape` (C, h, w) and one t per draw (algorithm 1, line 3), and whether its prompt is dropped.
+
+    probabilities (T,) are those of the first timestep; `--noise_offset` shifts every channel of a noise by a constant.
+    """
+    eps, t, dropped = [], [], []
+    for draw in draws:
+        noise_generator = draw_generator(args.seed, int(draw), "noise")
+        noise = torch.randn(n, *shape, generator=noise_generator)
+        if args.noise_offset:
+            noise = noise + args.noise_offset * torch.randn(n, shape[0], 1, 1, generator=noise_generator)
+        eps.append(noise)
+        t.append(torch.multinomial(probabilities, 1, generator=draw_generator(args.seed, int(draw), "timestep")))
+        chance = torch.rand(1, generator=draw_generator(args.seed, int(draw), "prompt dropping"))
+        dropped.append(chance < args.proportion_empty_prompts)
+    return Branches(torch.stack(eps), torch.cat(t), torch.cat(dropped))
+
+
+def timestep_probabilities(args: Namespace, num_train_timesteps: int) -> Tensor:
+    """Probabilities (T,) of a branch's first timestep, from the `--timestep_bias_*` flags.
+
+    "later" favours the last `portion` of [0, T), the noisy end; "earlier" the first; "range" is [begin, end).
+    """
+    weights = torch.ones(num_train_timesteps)
+    count = int(args.timestep_bias_portion * num_train_timesteps)
+    favoured = {
+        "none": slice(0, 0),
+        "earlier": slice(0, count),
+        "later": slice(num_train_timesteps - count, num_train_timesteps),
+        "range": slice(args.timestep_bias_begin, args.timestep_bias_end),
+    }[args.timestep_bias_strategy]
+    weights[favoured] *= args.timestep_bias_multiplier
+    return weights / weights.sum()

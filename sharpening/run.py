@@ -1,0 +1,171 @@
+"""What a run needs around the loop: accelerator, trackers, optimizer, average, signals, ways to end."""
+
+import logging
+import os
+import signal
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch.optim import Optimizer
+
+from sharpening.arguments import public, redact
+from sharpening.checkpoints import save_checkpoint
+from sharpening.errors import UserError
+from sharpening.sdxl import Source, count_unet_parameters
+
+logger = get_logger(__name__)
+
+
+def make_accelerator(args: Namespace) -> Accelerator:
+    """The accelerator, with logging set up and secrets kept out of the trackers' view of `sys.argv`."""
+    sys.argv[:] = redact(sys.argv)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+        ),
+    )
+    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    for noisy in ("accelerate", "httpx", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of frozen models and cached embeddings."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def describe(
+    args: Namespace, source: Source, num_rows: int, world_size: int, steps_per_epoch: int, num_steps: int
+) -> str:
+    """The resolved run as text: rows and forwards per optimizer step, length, and an estimate of the memory held.
+
+    The estimate counts what is always resident per process: float32 weights and gradients, the optimizer's states and
+    the average. Activations, the frozen models and the batch come on top; neither grows with n or m.
+    """
+    n, m = args.num_noisy_latents, args.trajectory_nums
+    prompts = args.train_batch_size * args.gradient_accumulation_steps
+    guided = 1 if args.branch_guidance_scale == 1 else 2
+    parameters = count_unet_parameters(source)
+    per_parameter = {"weights": 4, "gradients": 4, "Adam": 2 if args.use_8bit_adam else 8, "EMA": 4 * args.use_ema}
+    parts = " + ".join(f"{name} {parameters * size / 2**30:.2f}" for name, size in per_parameter.items() if size)
+    lines = {
+        "model": f"{source.name}, UNet of {parameters / 1e6:.1f}M parameters",
+        "data": f"{num_rows} rows of {args.dataset_name or args.train_data_dir}",
+        "reward": args.reward_model,
+        "preset": f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)",
+        "rows per step": f"{prompts * world_size} = {args.train_batch_size} per batch x "
+        f"{args.gradient_accumulation_steps} accumulated x {world_size} processes",
+        "forwards per step": f"{prompts * n * m * guided} rows to score, {prompts * m * guided} rows to train, "
+        "per process",
+        "decodes per step": f"{prompts * n * m}, per process",
+        "steps": f"{num_steps}, {steps_per_epoch} per epoch, {num_steps / steps_per_epoch:.2f} epochs",
+        "memory held": f"{parameters * sum(per_parameter.values()) / 2**30:.2f} GiB per process "
+        f"({parts}), without activations and frozen models",
+        "output": args.output_dir,
+    }
+    return "\n".join(f"{name:>18}  {value}" for name, value in lines.items())
+
+
+def start_trackers(accelerator: Accelerator, args: Namespace, run_id: str) -> None:
+    """Start W&B and TensorBoard with the public arguments; a resumed run continues the same W&B run.
+
+    Raises:
+        UserError: a tracker cannot start.
+    """
+    config = {
+        name: value if isinstance(value, (int, float, str)) else str(value) for name, value in public(args).items()
+    }
+    options = {"dir": str(accelerator.logging_dir), "id": run_id, "resume": "allow"}
+    Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        accelerator.init_trackers("diffusion-sharpening", config=config, init_kwargs={"wandb": options})
+    except Exception as error:
+        raise UserError(
+            f"--report_to {args.report_to}: the tracker did not start ({type(error).__name__}: {error}); run "
+            "`wandb login`, set WANDB_MODE=offline, or choose --report_to tensorboard"
+        ) from error
+
+
+def make_optimizer(unet: UNet2DConditionModel, args: Namespace, world_size: int) -> Optimizer:
+    """AdamW, or its 8-bit version from bitsandbytes."""
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * world_size
+    optimizer_class: type[Optimizer] = torch.optim.AdamW
+    if args.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except (ImportError, RuntimeError) as error:
+            raise UserError(
+                f"--use_8bit_adam needs bitsandbytes ({error}); install it or leave the flag out"
+            ) from error
+        optimizer_class = AdamW8bit
+    return optimizer_class(
+        unet.parameters(),
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def make_ema(unet: UNet2DConditionModel, args: Namespace, device: torch.device) -> EMAModel:
+    """An exponential moving average of the weights, warmed up from the first step on."""
+    ema = EMAModel(unet.parameters(), decay=args.ema_decay, model_cls=UNet2DConditionModel, model_config=unet.config)
+    ema.to(device)
+    return ema
+
+
+def reward_options(args: Namespace) -> dict[str, Any]:
+    """The flags that rewards read, those left out omitted."""
+    options = {"clip_model": args.clip_model, "cache_dir": args.cache_dir}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+class StopSignal:
+    """Remembers the first SIGTERM or SIGINT so that the step under way can end; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+        print(f"{signal.Signals(number).name}: ending this step, then saving a checkpoint", flush=True)
+
+
+def any_rank(accelerator: Accelerator, value: int) -> int:
+    """The largest `value` over all ranks, so that every rank takes the same turn."""
+    if accelerator.num_processes == 1:
+        return value
+    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
+
+
+def fail(accelerator: Accelerator, args: Namespace, step: int, run_id: str, message: str) -> int:
+    """Save the state after the last finished step, say what went wrong, and return exit status 1."""
+    path = save_checkpoint(accelerator, args, step, run_id)
+    print(f"error: {message}; the run is saved in {path}", file=sys.stderr, flush=True)
+    accelerator.end_training()
+    return 1
+
+
+def interrupted(accelerator: Accelerator, step: int, number: int) -> int:
+    """Say how to go on, and return the exit status that shells use for signal `number`."""
+    logger.info(f"interrupted after step {step}; continue with --resume_from_checkpoint latest")
+    accelerator.end_training()
+    return 128 + number

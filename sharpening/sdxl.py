@@ -1,0 +1,272 @@
+"""Stable Diffusion XL as the scripts use it: load, encode, predict, decode, save."""
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from sharpening.arguments import looks_local
+from sharpening.errors import UserError
+from sharpening.trajectory import Guide, Predict, classifier_free_guidance
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of a pipeline or of a single model come from; `name` is a hub id or a local folder."""
+
+    flag: str
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+
+    def load(self, model_class: type, subfolder: str | None = None, **options: Any) -> Any:
+        """`model_class.from_pretrained`, its failures in one sentence.
+
+        Raises:
+            UserError: the files are missing, damaged or out of reach.
+        """
+        if "torch_dtype" in options and self.variant is not None:
+            options["variant"] = self.variant
+        try:
+            return model_class.from_pretrained(
+                self.name, subfolder=subfolder, revision=self.revision, cache_dir=self.cache_dir, **options
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            part = f"{self.name}/{subfolder}" if subfolder else self.name
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"--{self.flag}: {model_class.__name__} could not be loaded from {part} ({type(error).__name__}: "
+                f"{reason}); check the name, the files and --variant, or download them first"
+            ) from error
+
+    def read_json(self, path: str) -> dict[str, Any]:
+        """A config file of the pipeline, e.g. `unet/config.json`, fetched without any weights."""
+        try:
+            if looks_local(self.name):
+                file = Path(self.name).expanduser() / path
+            else:
+                file = Path(hf_hub_download(self.name, path, revision=self.revision, cache_dir=self.cache_dir))
+            return json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"--{self.flag}: {path} of {self.name} could not be read ({type(error).__name__}: {reason}); "
+                "check the name, or download the model first"
+            ) from error
+
+    def identity(self, *subfolders: str) -> str:
+        """What names these weights in a cache key: a folder by its files' sizes and times, a hub id by revision."""
+        if not looks_local(self.name):
+            return f"{self.name}@{self.revision or 'main'}:{self.variant}"
+        root = Path(self.name).expanduser().resolve()
+        files = sorted(file for part in subfolders or (".",) for file in (root / part).glob("*") if file.is_file())
+        stamps = [f"{file.relative_to(root)}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+        return f"{root}:{self.variant}:{stamps}"
+
+
+@dataclass
+class TextEncoders:
+    """SDXL's two CLIP text encoders with their tokenizers."""
+
+    tokenizers: list[CLIPTokenizer]
+    models: list[nn.Module]
+
+    @classmethod
+    def load(cls, source: Source, device: torch.device, dtype: torch.dtype) -> "TextEncoders":
+        tokenizers = [source.load(CLIPTokenizer, name) for name in ("tokenizer", "tokenizer_2")]
+        models = [
+            source.load(CLIPTextModel, "text_encoder", torch_dtype=dtype),
+            source.load(CLIPTextModelWithProjection, "text_encoder_2", torch_dtype=dtype),
+        ]
+        for model in models:
+            model.requires_grad_(False).eval().to(device)
+        return cls(tokenizers, models)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings (B, 77, D) and pooled embeddings (B, P), equal to the diffusers pipeline's own."""
+        hidden = []
+        for tokenizer, model in zip(self.tokenizers, self.models, strict=True):
+            tokens = tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            output = model(tokens.input_ids.to(model.device), output_hidden_states=True)
+            # SDXL conditions on the penultimate layer of both encoders, and on the second one's projection.
+            hidden.append(output.hidden_states[-2])
+        return torch.cat(hidden, dim=-1), output[0]
+
+
+class Condition(NamedTuple):
+    """What the UNet is conditioned on, for R rows."""
+
+    embeds: Tensor  # (R, 77, D)
+    pooled: Tensor  # (R, P)
+    time_ids: Tensor  # (R, 6): original height, width, crop top, left, target height, width, in pixels
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor], device: torch.device) -> "Condition":
+        """The condition of a collated batch of `sharpening.data.CachedData`."""
+        names = ("prompt_embeds", "pooled_prompt_embeds", "time_ids")
+        return cls(*(batch[name].to(device, torch.float32) for name in names))
+
+    def rows(self, index: Tensor) -> "Condition":
+        return Condition(*(part[index] for part in self))
+
+    def without_prompt(self, unconditional: "Unconditional", dropped: Tensor | None = None) -> "Condition":
+        """The same rows with no prompt; where `dropped` (R,) bool is given, only the rows it marks."""
+        dropped = torch.ones(len(self.pooled), dtype=torch.bool) if dropped is None else dropped
+        dropped = dropped.to(self.pooled.device)
+        return Condition(
+            torch.where(dropped[:, None, None], unconditional.embeds, self.embeds),
+            torch.where(dropped[:, None], unconditional.pooled, self.pooled),
+            self.time_ids,
+        )
+
+
+class Unconditional(NamedTuple):
+    """The embedding that stands for "no prompt": embeds (1, 77, D) and pooled (1, P), float32."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+
+def unconditional_embedding(source: Source, encoders: TextEncoders) -> Unconditional:
+    """What the pipeline uses as "no prompt" in classifier-free guidance.
+
+    SDXL base zeroes it (`force_zeros_for_empty_prompt`); other models encode the empty string. Dropped prompts and
+    guided branches must use the one that sampling will use.
+    """
+    embeds, pooled = (part.float() for part in encoders.encode([""]))
+    if source.read_json("model_index.json").get("force_zeros_for_empty_prompt", True):
+        embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+    return Unconditional(embeds, pooled)
+
+
+def pipeline_source(args: Namespace) -> Source:
+    """The source of the whole pipeline that the flags name."""
+    name = args.pretrained_model_name_or_path
+    return Source("pretrained_model_name_or_path", name, args.revision, args.variant, args.cache_dir)
+
+
+def vae_source(args: Namespace, pipeline: Source) -> tuple[Source, str | None]:
+    """The source of the training VAE and the subfolder it lies in."""
+    name = args.pretrained_vae_model_name_or_path
+    if name is None:
+        return pipeline, "vae"
+    return Source("pretrained_vae_model_name_or_path", name, cache_dir=args.cache_dir), None
+
+
+def vae_identity(args: Namespace, pipeline: Source) -> str:
+    """What names the training VAE in a cache key."""
+    source, subfolder = vae_source(args, pipeline)
+    return source.identity(subfolder or ".")
+
+
+def load_vae(args: Namespace, pipeline: Source, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    """The training VAE, frozen; in float32 only where its config says that float16 overflows (`force_upcast`)."""
+    source, subfolder = vae_source(args, pipeline)
+    return _load_decoder(source, subfolder, AutoencoderKL, device, dtype)
+
+
+def load_reward_decoder(args: Namespace, device: torch.device, dtype: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
+    """The decoder named by `--reward_vae`: an `AutoencoderTiny` (TAESD) or another `AutoencoderKL`."""
+    source = Source("reward_vae", args.reward_vae, cache_dir=args.cache_dir)
+    tiny = source.read_json("config.json").get("_class_name") == "AutoencoderTiny"
+    return _load_decoder(source, None, AutoencoderTiny if tiny else AutoencoderKL, device, dtype)
+
+
+def _load_decoder(
+    source: Source, subfolder: str | None, model_class: type, device: torch.device, dtype: torch.dtype
+) -> Any:
+    model = source.load(model_class, subfolder, torch_dtype=dtype)
+    if dtype == torch.float16 and model.config.force_upcast:
+        model = model.to(torch.float32)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def load_unet(args: Namespace, source: Source, device: torch.device) -> UNet2DConditionModel:
+    """The trainable UNet with float32 master weights (mixed precision autocasts its forward), memory flags applied.
+
+    Raises:
+        UserError: the attention implementation asked for cannot run here.
+    """
+    unet = source.load(UNet2DConditionModel, "unet", torch_dtype=torch.float32).to(device).train()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    for flag in ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"):
+        if not getattr(args, flag):
+            continue
+        try:
+            getattr(unet, flag)()
+        except Exception as error:
+            raise UserError(
+                f"--{flag} does not work here ({type(error).__name__}: {error}); leave the flag out, "
+                "PyTorch's own attention is used then"
+            ) from error
+    return unet
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Scaled latents (B, 4, H/8, W/8) float32, drawn from the VAE's posterior, of pixels (B, 3, H, W) in [-1, 1]."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return posterior.sample(generator).float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor, batch_size: int) -> Tensor:
+    """Images (B, 3, H, W) float32 in [0, 1] of scaled latents (B, 4, h, w), `batch_size` at a time."""
+    images = []
+    # The decoder's dtype was chosen by load_vae; an outer autocast would override it and overflow in float16.
+    with torch.autocast(latents.device.type, enabled=False):
+        for part in latents.split(batch_size):
+            decoded = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample
+            images.append((decoded.float() / 2 + 0.5).clamp(0, 1))
+    return torch.cat(images)
+
+
+def predict_output(unet: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """The UNet's output (R, 4, h, w) in the dtype of x, for rows with their own t (R,) and condition."""
+    added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
+    output = unet(x, t, encoder_hidden_states=condition.embeds, added_cond_kwargs=added, return_dict=False)[0]
+    return output.to(x.dtype)
+
+
+def branch_model(
+    unet: nn.Module, condition: Condition, unconditional: Unconditional, guidance_scale: float
+) -> tuple[Predict, Guide | None]:
+    """The callables that `walk` and `generate` take: the conditional output, and the guidance on top of it."""
+    without_prompt = condition.without_prompt(unconditional)
+    guide = classifier_free_guidance(lambda x, t: predict_output(unet, x, t, without_prompt), guidance_scale)
+    return lambda x, t: predict_output(unet, x, t, condition), guide
+
+
+def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the latent of a square image of `resolution` pixels."""
+    size = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.config.latent_channels, size, size
+
+
+def default_time_ids(rows: int, size: int, device: torch.device) -> Tensor:
+    """time_ids (rows, 6) of an uncropped square image of `size` pixels."""
+    return torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32, device=device).expand(rows, -1)
+
+
+def count_unet_parameters(source: Source) -> int:
+    """The size of the UNet from its config alone, no weight read or allocated."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(source.read_json("unet/config.json"))
+    return sum(parameter.numel() for parameter in unet.parameters())

@@ -1,0 +1,156 @@
+"""Metrics, images and curves of a run."""
+
+import json
+import math
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from sharpening.trajectory import Schedule, Scores, Selection
+
+
+class Means:
+    """Means over everything that an optimizer step saw: rows, micro-batches and ranks.
+
+    Every rank must add the same names in the same order; a mask may leave a name without any value.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.totals: dict[str, Tensor] = {}  # name -> (2,) float64 sum and count
+
+    def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Count `values` of any shape, where `mask` of that shape is True."""
+        values = values.detach().to(self.device, torch.float64)
+        mask = torch.ones_like(values) if mask is None else mask.to(self.device, torch.float64)
+        both = torch.stack([torch.where(mask > 0, values, 0).sum(), mask.sum()])
+        self.totals[name] = self.totals.get(name, 0) + both
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all ranks, names without a value left out; starts anew."""
+        stacked = accelerator.reduce(torch.stack(list(self.totals.values())), reduction="sum").tolist()
+        names, self.totals = list(self.totals), {}
+        return {name: total / count for name, (total, count) in zip(names, stacked, strict=True) if count}
+
+
+def add_rewards(means: Means, scores: Scores, selection: Selection, t: Tensor, schedule: Schedule) -> None:
+    """Add the reward curves of a scored batch of B prompts; t (B,) is where their branches start.
+
+    `reward/spread` is the standard deviation over a prompt's branches (the band of the paper's figure 6).
+    `reward/timesteps_q1` to `_q4` are the mean reward of branches by the quarter of the training timesteps in which
+    they start, q1 being the cleanest.
+    """
+    branch = selection.branch_reward  # (B, n)
+    means.add("reward/mean", branch)
+    means.add("reward/best", branch.gather(1, selection.best[:, None]))
+    means.add("reward/worst", branch.gather(1, selection.worst[:, None]))
+    means.add("reward/spread", branch.std(1, correction=0))
+    means.add("reward/tie_rate", selection.tied)
+    for name, values in scores.components.items():
+        means.add(f"reward/component/{name}", values, scores.active)
+    quarter = t * 4 // schedule.num_train_timesteps  # (B,)
+    for index in range(4):
+        means.add(f"reward/timesteps_q{index + 1}", branch, (quarter == index)[:, None].expand_as(branch))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB since the start: of the GPU's allocator on CUDA, else of the process (Linux ru_maxrss)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line per optimizer step, so that curves need no tracker.
+
+    A resumed run first drops the lines of steps that its checkpoint does not know.
+    """
+
+    def __init__(self, path: Path, start_step: int):
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= start_step] if start_step else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.rename(path)
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a kill is ignored."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def to_numpy(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) float in [0, 1] to (B, H, W, 3) uint8."""
+    return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def image_grid(images: Tensor, columns: int) -> Image.Image:
+    """Images (B, 3, H, W) in [0, 1], row by row, two pixels apart."""
+    pixels = to_numpy(images)
+    rows = -(-len(pixels) // columns)
+    height, width = pixels.shape[1] + 2, pixels.shape[2] + 2
+    grid = Image.new("RGB", (columns * width - 2, rows * height - 2), "white")
+    for index, array in enumerate(pixels):
+        grid.paste(Image.fromarray(array), (index % columns * width, index // columns * height))
+    return grid
+
+
+def log_images(accelerator: Accelerator, output_dir: Path, images: Mapping[str, Tensor], step: int) -> None:
+    """Send images, name -> (B, 3, H, W) in [0, 1], to every tracker, and to `output_dir/images` as PNG grids."""
+    folder = output_dir / "images"
+    folder.mkdir(exist_ok=True)
+    for name, value in images.items():
+        columns = math.ceil(len(value) ** 0.5)
+        image_grid(value, columns).save(folder / f"{name.replace('/', '_')}_{step:06d}.png")
+    for tracker in accelerator.trackers:
+        tracker.log_images({name: to_numpy(value) for name, value in images.items()}, step=step)
+
+
+def plot_rewards(metrics_path: Path, image_path: Path) -> None:
+    """Mean reward over optimizer steps with the spread over branches as a band (figure 6), best and worst branch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [line for line in read_metrics(metrics_path) if "reward/mean" in line]
+    if not lines:
+        return
+    steps = np.array([line["step"] for line in lines])
+    mean, spread, best, worst = (
+        np.array([line[f"reward/{name}"] for line in lines]) for name in ("mean", "spread", "best", "worst")
+    )
+    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    axis.fill_between(steps, mean - spread, mean + spread, alpha=0.2, linewidth=0, label="spread over branches")
+    axis.plot(steps, best, color="tab:green", linewidth=0.6, alpha=0.5, label="best branch")
+    axis.plot(steps, worst, color="tab:red", linewidth=0.6, alpha=0.5, label="worst branch")
+    axis.plot(steps, mean, color="tab:blue", linewidth=0.6, alpha=0.5)
+    window = max(1, len(steps) // 20)
+    smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
+    axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean, running over {window} steps")
+    validated = [(line["step"], line["validation/reward"]) for line in lines if "validation/reward" in line]
+    if validated:
+        axis.plot(*zip(*validated, strict=True), "ko-", markersize=4, label="validation images")
+    axis.set(xlabel="optimizer step", ylabel="reward")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.savefig(image_path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)

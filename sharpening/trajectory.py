@@ -1,0 +1,260 @@
+"""The mathematics of a denoising trajectory: schedule, DDIM step, walk, generation, and selection.
+
+Rows of a batch carry their own timesteps. Models appear only as plain callables, so a lambda can stand in for a UNet.
+Notation follows the paper (Tian et al., arXiv 2502.12146): `x_t = alpha_t x_0 + sigma_t eps`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # (x (R, ...), t (R,)) -> model output (R, ...)
+Guide = Callable[[Tensor, Tensor, Tensor], Tensor]  # (output, x, t) -> the output that the sampler follows
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A variance-preserving noise schedule together with the stride of one trajectory step.
+
+    Attributes:
+        alphas_cumprod: `alpha_t^2` for every training timestep, shape (T,), in (0, 1].
+        final_alpha_cumprod: `alpha^2` used once a step leaves the schedule at t < 0 (`set_alpha_to_one`).
+        prediction_type: what the model outputs: "epsilon", "v_prediction" or "sample".
+        stride: K of the paper: a step goes from `t` to `t - K`, in training timesteps.
+        timesteps: the sampler's own grid for generation, descending, shape (infer_steps,).
+    """
+
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: float
+    prediction_type: Literal["epsilon", "v_prediction", "sample"]
+    stride: int
+    timesteps: Tensor
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], infer_steps: int, prediction_type: str | None = None
+    ) -> "Schedule":
+        """Read a diffusers scheduler config; its betas, offset, spacing and final alpha are those of `DDIMScheduler`.
+
+        `prediction_type` overrides the config's. Clipping is switched off because the states are latents: a config
+        written by another scheduler class may not mention it, and `DDIMScheduler` would then clip at 1.
+        """
+        from diffusers import DDIMScheduler
+
+        overrides = {"clip_sample": False, "thresholding": False}
+        if prediction_type is not None:
+            overrides["prediction_type"] = prediction_type
+        scheduler = DDIMScheduler.from_config(config, **overrides)
+        scheduler.set_timesteps(infer_steps)
+        return cls(
+            alphas_cumprod=scheduler.alphas_cumprod,
+            final_alpha_cumprod=float(scheduler.final_alpha_cumprod),
+            prediction_type=scheduler.config.prediction_type,
+            stride=scheduler.config.num_train_timesteps // infer_steps,
+            timesteps=scheduler.timesteps,
+        )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`(alpha_t, sigma_t)` for t (R,), shaped to broadcast over `like` (R, ...); t < 0 is past the last step."""
+        table = self.alphas_cumprod.to(like)
+        squared = torch.where(t >= 0, table[t.clamp(min=0)], torch.full_like(table[:1], self.final_alpha_cumprod))
+        squared = squared.view(-1, *[1] * (like.ndim - 1))
+        return squared.sqrt(), (1 - squared).sqrt()
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """`x_t` (R, ...) from clean `x_0` and noise `eps`, both (R, ...), at t (R,)."""
+        alpha, sigma = self.alpha_sigma(t, x_0)
+        return alpha * x_0 + sigma * eps
+
+    def clean_and_noise(self, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The one-step clean estimate `x0_hat` (eq. 7) and the noise estimate that a model output (R, ...) implies."""
+        alpha, sigma = self.alpha_sigma(t, x)
+        if self.prediction_type == "epsilon":
+            return (x - sigma * output) / alpha, output
+        if self.prediction_type == "v_prediction":
+            return alpha * x - sigma * output, sigma * x + alpha * output
+        return output, (x - alpha * output) / sigma
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the model should output, (R, ...), if the clean latent is `x_0` and the noise is `eps`."""
+        if self.prediction_type == "epsilon":
+            return eps
+        if self.prediction_type == "v_prediction":
+            alpha, sigma = self.alpha_sigma(t, x_0)
+            return alpha * eps - sigma * x_0
+        return x_0
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Min-SNR-gamma loss weight (Hang et al., arXiv 2303.09556) for t (R,), float32 (R,)."""
+        squared = self.alphas_cumprod.to(t.device)[t]
+        snr = squared / (1 - squared)
+        clipped = snr.clamp(max=gamma)
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.prediction_type]
+        return clipped / divisor
+
+
+def ddim_step(schedule: Schedule, x0_hat: Tensor, eps_hat: Tensor, t: Tensor) -> Tensor:
+    """Deterministic DDIM (Song et al., arXiv 2010.02502, eq. 12, eta = 0): rows (R, ...) from t (R,) to t - stride."""
+    alpha, sigma = schedule.alpha_sigma(t - schedule.stride, x0_hat)
+    return alpha * x0_hat + sigma * eps_hat
+
+
+class Step(NamedTuple):
+    """One step of a walk over R rows."""
+
+    x: Tensor  # (R, ...) the state the model saw
+    t: Tensor  # (R,) its timestep; rows that are no longer active repeat a harmless 0
+    output: Tensor  # (R, ...) the conditional model output, with its graph
+    x0_hat: Tensor  # (R, ...) the clean estimate on the sampler's (guided) direction
+    active: Tensor  # (R,) bool: False once the row has stepped below t = 0
+
+
+def walk(
+    predict: Predict,
+    schedule: Schedule,
+    x: Tensor,
+    t: Tensor,
+    steps: int,
+    guide: Guide | None = None,
+    detach: bool = True,
+) -> Iterator[Step]:
+    """Walk `steps` sampling steps from x (R, ...) at t (R,), yielding every step before the state moves on.
+
+    The states are data: with `detach` the sampler's update carries no gradient, so each step's `output` has a graph of
+    its own and can be backpropagated and freed before the next step. `detach=False` keeps the graph through the
+    sampler, as the released code does. `guide` turns the conditional output into the direction that is followed.
+    """
+    for _ in range(steps):
+        active = t >= 0
+        t_seen = t.clamp(min=0)
+        output = predict(x, t_seen)
+        direction = output.detach() if detach else output
+        if guide is not None:
+            direction = guide(direction, x, t_seen)
+        x0_hat, eps_hat = schedule.clean_and_noise(direction, x, t_seen)
+        yield Step(x, t_seen, output, x0_hat, active)
+        moved = ddim_step(schedule, x0_hat, eps_hat, t_seen)
+        x = torch.where(active.view(-1, *[1] * (x.ndim - 1)), moved, x)
+        t = t - schedule.stride
+
+
+def generate(predict: Predict, schedule: Schedule, x: Tensor, guide: Guide | None = None) -> Tensor:
+    """Sample clean latents (R, ...) from Gaussian noise x (R, ...) along the scheduler's own grid of timesteps.
+
+    Equals `DDIMScheduler` in a diffusers pipeline with eta = 0.
+    """
+    for timestep in schedule.timesteps.tolist():
+        t = torch.full((len(x),), timestep, device=x.device)
+        output = predict(x, t)
+        if guide is not None:
+            output = guide(output, x, t)
+        x = ddim_step(schedule, *schedule.clean_and_noise(output, x, t), t)
+    return x
+
+
+def classifier_free_guidance(predict_unconditional: Predict, scale: float) -> Guide | None:
+    """The guide `u + scale (c - u)`, its unconditional part without gradient; None when scale is 1 (nothing to do)."""
+    if scale == 1:
+        return None
+
+    def guide(output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        with torch.no_grad():
+            unconditional = predict_unconditional(x, t)
+        return unconditional + scale * (output - unconditional)
+
+    return guide
+
+
+def branch_target(
+    schedule: Schedule, step: Step, x_0: Tensor, eps: Tensor, kind: Literal["noise", "consistent"]
+) -> Tensor:
+    """The regression target (R, ...) of one step of a branch that began at `alpha x_0 + sigma eps`.
+
+    "noise" keeps the branch's own noise at every step, as published (eq. 9). "consistent" takes the noise that leads
+    from the state actually reached to the clean latent, `(x_k - alpha_k x_0) / sigma_k`; the two agree at the first
+    step and part from the second on, where the state lies on the model's own path.
+    """
+    if kind == "consistent":
+        alpha, sigma = schedule.alpha_sigma(step.t, step.x)
+        eps = (step.x.detach() - alpha * x_0) / sigma
+    return schedule.target(x_0, eps, step.t)
+
+
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each row: (R, ...) -> (R,)."""
+    return (output - target).square().flatten(1).mean(1)
+
+
+def masked_mean(values: Tensor, active: Tensor) -> Tensor:
+    """Mean over the last axis, counting active entries only: (..., m) -> (...). Inactive values may be anything."""
+    return torch.where(active, values, 0).sum(-1) / active.sum(-1)
+
+
+class Scores(NamedTuple):
+    """What the score pass learned about R branches of m steps."""
+
+    rewards: Tensor  # (R, m) float32 on the CPU; 0 where inactive
+    components: dict[str, Tensor]  # name -> (R, m), the raw value of every component of the reward
+    active: Tensor  # (R, m) bool on the CPU
+    last_estimate: Tensor  # (R, ...) the clean estimate of every branch's last active step
+
+
+@torch.no_grad()
+def score_branches(
+    model: Callable[[Tensor], tuple[Predict, Guide | None]],
+    judge: Callable[[Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]],
+    schedule: Schedule,
+    x_t: Tensor,
+    t: Tensor,
+    steps: int,
+    batch_size: int,
+) -> Scores:
+    """Walk all branches x_t (R, ...) from t (R,) without gradient and judge the clean estimate of every active step.
+
+    `batch_size` branches are walked at a time, so memory grows neither with n nor with m. `model(rows)` gives the
+    callables of `walk` for some rows, `judge(x0_hat, rows)` their total reward (r,) and its components; rows is a
+    tensor of indices into the R branches.
+    """
+    rewards = torch.zeros(len(x_t), steps)
+    active = torch.zeros(len(x_t), steps, dtype=torch.bool)
+    components: dict[str, Tensor] = {}
+    last_estimate = torch.zeros_like(x_t)
+    for rows in torch.arange(len(x_t)).split(batch_size):
+        predict, guide = model(rows)
+        for k, point in enumerate(walk(predict, schedule, x_t[rows], t[rows], steps, guide)):
+            on = rows[point.active.cpu()]
+            if not len(on):
+                break
+            active[on, k] = True
+            last_estimate[on] = point.x0_hat[point.active]
+            rewards[on, k], parts = judge(last_estimate[on], on)
+            for name, values in parts.items():
+                components.setdefault(name, torch.zeros(len(x_t), steps))[on, k] = values
+    return Scores(rewards, components, active, last_estimate)
+
+
+class Selection(NamedTuple):
+    """Which branch of each prompt to learn from."""
+
+    branch_reward: Tensor  # (B, n) mean reward over the active steps of each branch
+    best: Tensor  # (B,) index in [0, n)
+    worst: Tensor  # (B,) index in [0, n)
+    tied: Tensor  # (B,) bool: best and worst earned the same, so the choice says nothing
+
+
+def select(rewards: Tensor, active: Tensor) -> Selection:
+    """Best and worst branch of every prompt (eq. 8), never across prompts; rewards and active are (B, n, m).
+
+    The branches of a prompt share t, hence the number of active steps, so the mean ranks them exactly as the sum does.
+    """
+    branch_reward = masked_mean(rewards, active)
+    best, worst = branch_reward.argmax(1), branch_reward.argmin(1)
+    tied = branch_reward.amax(1) == branch_reward.amin(1)
+    return Selection(branch_reward, best, worst, tied)

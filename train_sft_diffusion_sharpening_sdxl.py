@@ -1,0 +1,280 @@
+"""SFT Diffusion-Sharpening of SDXL (Tian et al., arXiv 2502.12146, algorithm 1).
+
+For every image-text pair:
+    SAMPLE  n noises and one timestep t; noise the image's latent n ways.
+    SCORE   walk m sampling steps from each of the n branches without gradient; reward the clean estimate of each step.
+    SELECT  the branch with the largest summed reward (eq. 8), prompt by prompt.
+    TRAIN   walk the selected branch again and regress every step to that branch's noise (eq. 9).
+States along a branch are data, so each step of TRAIN is backpropagated on its own: the gradient is that of the whole
+loss, and peak memory grows neither with n nor with m. n = m = 1 is standard fine-tuning.
+
+    accelerate launch train_sft_diffusion_sharpening_sdxl.py --pretrained_model_name_or_path=MODEL \
+        --dataset_name=DATA --reward_model=clip --resolution=512 --train_batch_size=1 --mixed_precision=fp16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from sharpening.arguments import parse, shared_parser
+from sharpening.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from sharpening.trajectory import Guide, Predict, Schedule
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The resolved flags of a run.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    return parse(shared_parser(__doc__.splitlines()[0]), argv)
+
+
+def sft_losses(
+    args: argparse.Namespace,
+    predict: Predict,
+    guide: Guide | None,
+    schedule: Schedule,
+    x_t: Tensor,
+    t: Tensor,
+    x_0: Tensor,
+    eps: Tensor,
+    active: Tensor,
+) -> Iterator[Tensor]:
+    """Equation 9 step by step: yields m scalars whose sum is the loss over the chosen branches.
+
+    `loss = mean over prompts, then over a branch's active steps, of |eps_theta(x_k, c, t_k) - eps|^2`. The weight of
+    a step depends on no model output, so each scalar can be backpropagated before the next forward.
+
+    Shapes: x_t, x_0, eps (B, 4, h, w), the start, clean latent and noise of each chosen branch; t (B,) where it
+    starts; active (B, m) bool, from the score pass.
+    """
+    from sharpening.trajectory import branch_target, squared_error, walk
+
+    weights = active / active.sum(1, keepdim=True) / len(active)  # (B, m)
+    path = walk(predict, schedule, x_t, t, active.shape[1], guide, detach=not args.backprop_through_sampler)
+    for k, point in enumerate(path):
+        target = branch_target(schedule, point, x_0, eps, args.branch_target)
+        errors = squared_error(point.output, target)  # (B,)
+        if args.snr_gamma is not None:
+            errors = errors * schedule.min_snr_weight(point.t, args.snr_gamma)
+        yield (weights[:, k] * errors).sum()
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train; returns the exit status: 0 finished, 1 stopped by a failing reward or loss, 128 + n by signal n."""
+    # Imported here, so that --help and a mistyped flag are answered before seconds of imports.
+    import math
+    import time
+    from contextlib import nullcontext
+    from pathlib import Path
+
+    import torch
+    from diffusers.optimization import get_scheduler
+    from torch.utils.data import DataLoader
+    from tqdm.auto import tqdm
+
+    from reward import RewardError, load_reward
+    from sharpening import checkpoints, data, draws, publishing, run, sdxl, tracking
+    from sharpening.trajectory import Schedule, score_branches, select
+    from sharpening.validation import Validation, averaged_weights
+
+    # -------------------------------------------------------------------------------------------- FLAGS TO RUN
+    accelerator = run.make_accelerator(args)
+    device, world_size, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
+    weight_dtype = run.weight_dtype(accelerator)
+    output_dir = Path(args.output_dir)
+    source = sdxl.pipeline_source(args)
+    scheduler_config = source.read_json("scheduler/scheduler_config.json")
+    schedule = Schedule.from_config(scheduler_config, args.infer_steps, args.prediction_type)
+    with accelerator.main_process_first():
+        images = data.load_captioned_images(args)
+
+    n, m, batch_size = args.num_noisy_latents, args.trajectory_nums, args.train_batch_size
+    accumulation = args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(images) / (batch_size * accumulation * world_size))
+    num_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    if is_main:
+        print(run.describe(args, source, len(images), world_size, steps_per_epoch, num_steps), flush=True)
+    if args.dry_run:
+        return 0
+
+    checkpoint = checkpoints.prepare_output(accelerator, args)
+    start_step, run_id = checkpoints.resolve_run(accelerator, args, checkpoint)
+    reward = load_reward(args.reward_model, device=device, **run.reward_options(args))
+    run.start_trackers(accelerator, args, run_id)
+    metrics_file = tracking.MetricsFile(output_dir / "metrics.jsonl", start_step) if is_main else None
+
+    # -------------------------------------------------------------------------------------------------- MODELS
+    vae = sdxl.load_vae(args, source, device, weight_dtype)
+    reward_decoder = sdxl.load_reward_decoder(args, device, weight_dtype) if args.reward_vae else vae
+    unet = sdxl.load_unet(args, source, device)
+    ema = run.make_ema(unet, args, device) if args.use_ema else None
+    optimizer = run.make_optimizer(unet, args, world_size)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, num_steps)
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    checkpoints.register_checkpointing(accelerator, unet, ema, lr_scheduler)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+
+    # ---------------------------------------------------------------------------------------------------- DATA
+    encoders = sdxl.TextEncoders.load(source, device, weight_dtype)
+    unconditional = sdxl.unconditional_embedding(source, encoders)
+    validation = Validation(args, encoders, unconditional)
+    with accelerator.main_process_first():
+        cached = data.cache_latents_and_embeddings(
+            images,
+            args,
+            encode_images=lambda pixels, generator: sdxl.encode_images(vae, pixels, generator),
+            encode_prompts=encoders.encode,
+            latent_key=sdxl.vae_identity(args, source),
+            text_key=source.identity("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
+            dtype=weight_dtype,
+        )
+    del encoders
+    sampler = draws.DrawSampler(
+        len(cached), batch_size, accelerator.process_index, world_size, accumulation, args.seed, start_step, num_steps
+    )
+    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": device.type == "cuda"}
+    batches = iter(DataLoader(cached, batch_sampler=sampler, collate_fn=data.collate, **workers))
+    probabilities = draws.timestep_probabilities(args, schedule.num_train_timesteps)  # (T,)
+
+    # ------------------------------------------------------------------------------------------------ TRAINING
+    stop = run.StopSignal()
+    means = tracking.Means(device)
+    progress = tqdm(total=num_steps, initial=start_step, desc="steps", disable=not is_main)
+    step, metrics = start_step, {}
+    for step in range(start_step + 1, num_steps + 1):
+        started, failure = time.perf_counter(), ""
+        for micro_batch in range(accumulation):
+            # ------------------------------------------------------------------------------------------ SAMPLE
+            batch = next(batches)
+            prompts = batch["caption"]
+            x_0 = batch["latents"].to(device, torch.float32)  # (B, 4, h, w)
+            sample = draws.draw_branches(args, batch["draw"], n, x_0.shape[1:], probabilities)
+            eps, t = sample.eps.to(device), sample.t.to(device)  # (B, n, 4, h, w), (B,)
+            condition = sdxl.Condition.of(batch, device).without_prompt(unconditional, sample.dropped)
+            # Rows b * n + i are branch i of prompt b; all branches of a prompt share t.
+            x_0, t, eps = x_0.repeat_interleave(n, 0), t.repeat_interleave(n), eps.flatten(0, 1)  # (B * n, ...)
+            x_t = schedule.add_noise(x_0, eps, t)
+
+            # ------------------------------------------------------------------------------------------- SCORE
+            def model_of(rows: Tensor, condition: sdxl.Condition = condition) -> tuple:
+                return sdxl.branch_model(unet, condition.rows(rows // n), unconditional, args.branch_guidance_scale)
+
+            def judge(x0_hat: Tensor, rows: Tensor, prompts: list[str] = prompts) -> tuple[Tensor, dict[str, Tensor]]:
+                decoded = sdxl.decode_latents(reward_decoder, x0_hat, args.decode_batch_size)
+                return reward.score(decoded, [prompts[row // n] for row in rows])
+
+            try:
+                scores = score_branches(model_of, judge, schedule, x_t, t, m, args.score_batch_size)
+            except RewardError as error:
+                failure = f"step {step}: {error}"
+            if run.any_rank(accelerator, bool(failure)):
+                return run.fail(accelerator, args, step - 1, run_id, failure or "the reward failed on another process")
+
+            # ------------------------------------------------------------------------------------------ SELECT
+            by_prompt = (batch_size, n, m)
+            selection = select(scores.rewards.view(by_prompt), scores.active.view(by_prompt))
+            best = torch.arange(batch_size) * n + selection.best  # (B,) row of the chosen branch
+
+            # ------------------------------------------------------------------------------------------- TRAIN
+            predict, guide = sdxl.branch_model(model, condition, unconditional, args.branch_guidance_scale)
+            losses = sft_losses(
+                args,
+                predict,
+                guide,
+                schedule,
+                x_t[best],
+                t[best],
+                x_0[best],
+                eps[best],
+                scores.active[best].to(device),
+            )
+            loss = pending = torch.zeros((), device=device)
+            for k in range(m):
+                # Processes exchange gradients once per optimizer step, in its last backward.
+                exchange = micro_batch == accumulation - 1 and k == m - 1
+                with nullcontext() if exchange else accelerator.no_sync(model):
+                    pending = pending + next(losses) / accumulation
+                    if k == m - 1 or not args.backprop_through_sampler:
+                        accelerator.backward(pending)
+                        loss, pending = loss + pending.detach(), torch.zeros_like(loss)
+            means.add("loss", loss * accumulation)
+            tracking.add_rewards(means, scores, selection, t.view(batch_size, n)[:, 0].cpu(), schedule)
+
+        # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
+        metrics = means.reduce(accelerator)
+        if not math.isfinite(metrics["loss"]):
+            message = (
+                f"step {step}: the loss is {metrics['loss']}; lower --learning_rate or use --mixed_precision=bf16"
+            )
+            return run.fail(accelerator, args, step - 1, run_id, message)
+        metrics["grad_norm"] = float(accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm))
+        metrics["lr"] = lr_scheduler.get_last_lr()[0]
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+            if ema is not None:
+                ema.step(unet.parameters())
+        optimizer.zero_grad()
+
+        if is_main:
+            metrics["samples_per_second"] = batch_size * accumulation * world_size / (time.perf_counter() - started)
+            metrics["peak_memory_gib"] = tracking.peak_memory_gib(device)
+            if step % args.branch_image_steps == 0:
+                worst = torch.arange(batch_size) * n + selection.worst
+                shown = {"branches/best": scores.last_estimate[best], "branches/worst": scores.last_estimate[worst]}
+                shown = {name: sdxl.decode_latents(vae, x, args.decode_batch_size) for name, x in shown.items()}
+                tracking.log_images(accelerator, output_dir, shown, step)
+            if validation.due(step, steps_per_epoch):
+                try:
+                    drawn, validated = validation.run(unet, ema, vae, schedule, reward)
+                    metrics.update(validated)
+                    tracking.log_images(accelerator, output_dir, {"validation/images": drawn}, step)
+                except RewardError as error:
+                    failure = f"validation at step {step}: {error}"
+            metrics_file.append(step, metrics)
+            accelerator.log(metrics, step=step)
+            progress.update()
+            progress.set_postfix(loss=f"{metrics['loss']:.4f}", reward=f"{metrics['reward/mean']:.4f}")
+        if run.any_rank(accelerator, bool(failure)):
+            return run.fail(accelerator, args, step, run_id, failure or "the reward failed on another process")
+        signal_number = run.any_rank(accelerator, stop.number)
+        if step % args.checkpointing_steps == 0 or signal_number:
+            checkpoints.save_checkpoint(accelerator, args, step, run_id)
+        if signal_number:
+            return run.interrupted(accelerator, step, signal_number)
+
+    # ---------------------------------------------------------------------------------------------------- SAVE
+    progress.close()
+    if is_main:
+        with averaged_weights(unet, ema):
+            publishing.save_pipeline(args, source, unet, vae, step, metrics)
+        tracking.plot_rewards(metrics_file.path, output_dir / "reward_curve.png")
+        print(f"saved the pipeline and reward_curve.png to {output_dir}", flush=True)
+        if args.push_to_hub:
+            publishing.push_to_hub(args)
+    accelerator.end_training()
+    return 0
+
+
+def cli(argv: Sequence[str]) -> int:
+    """`main` on a command line; a `UserError` becomes one sentence on stderr and status 2."""
+    try:
+        return main(parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv[1:]))
