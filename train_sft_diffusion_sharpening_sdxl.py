@@ -95,8 +95,16 @@ def main(args: argparse.Namespace) -> int:
     source = sdxl.pipeline_source(args)
     scheduler_config = source.read_json("scheduler/scheduler_config.json")
     schedule = Schedule.from_config(scheduler_config, args.infer_steps, args.prediction_type)
-    with accelerator.main_process_first():
-        images = data.load_captioned_images(args)
+    images = data.load_captioned_images(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        max_train_samples=args.max_train_samples,
+        seed=args.seed or 0,
+        cache_dir=args.cache_dir,
+    )
 
     n, m, batch_size = args.num_noisy_latents, args.trajectory_nums, args.train_batch_size
     accumulation = args.gradient_accumulation_steps
@@ -129,16 +137,21 @@ def main(args: argparse.Namespace) -> int:
     encoders = sdxl.TextEncoders.load(source, device, weight_dtype)
     unconditional = sdxl.unconditional_embedding(source, encoders)
     validation = Validation(args, encoders, unconditional)
-    with accelerator.main_process_first():
-        cached = data.cache_latents_and_embeddings(
-            images,
-            args,
-            encode_images=lambda pixels, generator: sdxl.encode_images(vae, pixels, generator),
-            encode_prompts=encoders.encode,
-            latent_key=sdxl.vae_identity(args, source),
-            text_key=source.identity("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
-            dtype=weight_dtype,
-        )
+    cached = data.cache_latents_and_embeddings(
+        images,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        resolution=args.resolution,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        seed=args.seed,
+        encode_images=lambda pixels: sdxl.encode_images(vae, pixels),
+        encode_prompts=encoders.encode,
+        batch_size=args.decode_batch_size,
+        key={"vae": sdxl.vae_identity(args, source), "text": sdxl.text_identity(source)},
+        cache_dir=args.cache_dir,
+        dtype=weight_dtype,
+    )
     del encoders
     sampler = draws.DrawSampler(
         len(cached), batch_size, accelerator.process_index, world_size, accumulation, args.seed, start_step, num_steps

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
@@ -36,6 +38,8 @@ def make_accelerator(args: Namespace) -> Accelerator:
         ),
     )
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
     for noisy in ("accelerate", "httpx", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32

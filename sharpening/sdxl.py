@@ -175,6 +175,11 @@ def vae_identity(args: Namespace, pipeline: Source) -> str:
     return source.identity(subfolder or ".")
 
 
+def text_identity(pipeline: Source) -> str:
+    """What names the text encoders in a cache key."""
+    return pipeline.identity("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+
+
 def load_vae(args: Namespace, pipeline: Source, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     """The training VAE, frozen; in float32 only where its config says that float16 overflows (`force_upcast`)."""
     source, subfolder = vae_source(args, pipeline)
@@ -220,10 +225,13 @@ def load_unet(args: Namespace, source: Source, device: torch.device) -> UNet2DCo
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Scaled latents (B, 4, H/8, W/8) float32, drawn from the VAE's posterior, of pixels (B, 3, H, W) in [-1, 1]."""
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Scaled latents (B, 4, h, w) float32 of pixels (B, 3, H, W) in [-1, 1].
+
+    The posterior's mode, not a sample: SDXL's posterior is narrow, and a cache must not depend on when it was made.
+    """
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    return posterior.sample(generator).float() * vae.config.scaling_factor
+    return posterior.mode().float() * vae.config.scaling_factor
 
 
 @torch.no_grad()

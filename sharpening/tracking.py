@@ -121,7 +121,8 @@ def log_images(accelerator: Accelerator, output_dir: Path, images: Mapping[str, 
         columns = math.ceil(len(value) ** 0.5)
         image_grid(value, columns).save(folder / f"{name.replace('/', '_')}_{step:06d}.png")
     for tracker in accelerator.trackers:
-        tracker.log_images({name: to_numpy(value) for name, value in images.items()}, step=step)
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: to_numpy(value) for name, value in images.items()}, step=step, **layout)
 
 
 def plot_rewards(metrics_path: Path, image_path: Path) -> None:
