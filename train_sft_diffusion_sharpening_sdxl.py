@@ -59,7 +59,7 @@ def sft_losses(
     """
     from sharpening.trajectory import branch_target, squared_error, walk
 
-    weights = active / active.sum(1, keepdim=True) / len(active)  # (B, m)
+    weights = active.to(x_t.dtype) / active.sum(1, keepdim=True) / len(active)  # (B, m)
     path = walk(predict, schedule, x_t, t, active.shape[1], guide, detach=not args.backprop_through_sampler)
     for k, point in enumerate(path):
         target = branch_target(schedule, point, x_0, eps, args.branch_target)

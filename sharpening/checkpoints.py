@@ -131,7 +131,7 @@ def register_checkpointing(
 
     def load(models: list[torch.nn.Module], input_dir: str) -> None:
         models.clear()
-        saved = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet", torch_dtype=torch.float32)
+        saved = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet", dtype=torch.float32)
         unet.load_state_dict(saved.state_dict())
         if ema is None:
             return

@@ -104,7 +104,7 @@ def _load_named(name: str, config_name: str | None, cache_dir: str | None) -> da
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         if any(os.path.isfile(os.path.join(path, marker)) for marker in ("state.json", "dataset_dict.json")):
-            return _train_split(name, datasets.load_from_disk(path))
+            return _saved_train_split(name, path)
         return datasets.load_dataset(path, config_name, split="train", cache_dir=cache_dir)
     suffix = Path(path).suffix
     if not (os.path.isfile(path) or glob.has_magic(path) or suffix in FILE_BUILDERS or looks_local(name)):
@@ -119,7 +119,11 @@ def _load_named(name: str, config_name: str | None, cache_dir: str | None) -> da
     return datasets.load_dataset(FILE_BUILDERS[suffix], data_files=data_files, split="train", cache_dir=cache_dir)
 
 
-def _train_split(name: str, saved: datasets.Dataset | datasets.DatasetDict) -> datasets.Dataset:
+def _saved_train_split(name: str, path: str) -> datasets.Dataset:
+    try:
+        saved = datasets.load_from_disk(path)
+    except IndexError as error:  # a saved data set without rows has no table at all
+        raise UserError(f"--dataset_name '{name}' holds no rows; give a data set with rows.") from error
     if isinstance(saved, datasets.Dataset):
         return saved
     if "train" not in saved:

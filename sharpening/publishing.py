@@ -28,7 +28,7 @@ def save_pipeline(
     output_dir = Path(args.output_dir)
     partial = output_dir / ".pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    options = {"unet": unet, "torch_dtype": torch.float32}
+    options = {"unet": unet, "dtype": torch.float32}
     if args.pretrained_vae_model_name_or_path:
         options["vae"] = vae
     source.load(StableDiffusionXLPipeline, **options).save_pretrained(partial)

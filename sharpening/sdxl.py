@@ -34,12 +34,10 @@ class Source:
         Raises:
             UserError: the files are missing, damaged or out of reach.
         """
-        if "torch_dtype" in options and self.variant is not None:
-            options["variant"] = self.variant
+        optional = {"subfolder": subfolder, "variant": self.variant if "dtype" in options else None}
+        options |= {name: value for name, value in optional.items() if value is not None}
         try:
-            return model_class.from_pretrained(
-                self.name, subfolder=subfolder, revision=self.revision, cache_dir=self.cache_dir, **options
-            )
+            return model_class.from_pretrained(self.name, revision=self.revision, cache_dir=self.cache_dir, **options)
         except (OSError, ValueError, RuntimeError) as error:
             part = f"{self.name}/{subfolder}" if subfolder else self.name
             reason = " ".join(str(error).split())[:300]
@@ -84,8 +82,8 @@ class TextEncoders:
     def load(cls, source: Source, device: torch.device, dtype: torch.dtype) -> "TextEncoders":
         tokenizers = [source.load(CLIPTokenizer, name) for name in ("tokenizer", "tokenizer_2")]
         models = [
-            source.load(CLIPTextModel, "text_encoder", torch_dtype=dtype),
-            source.load(CLIPTextModelWithProjection, "text_encoder_2", torch_dtype=dtype),
+            source.load(CLIPTextModel, "text_encoder", dtype=dtype),
+            source.load(CLIPTextModelWithProjection, "text_encoder_2", dtype=dtype),
         ]
         for model in models:
             model.requires_grad_(False).eval().to(device)
@@ -196,7 +194,7 @@ def load_reward_decoder(args: Namespace, device: torch.device, dtype: torch.dtyp
 def _load_decoder(
     source: Source, subfolder: str | None, model_class: type, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    model = source.load(model_class, subfolder, torch_dtype=dtype)
+    model = source.load(model_class, subfolder, dtype=dtype)
     if dtype == torch.float16 and model.config.force_upcast:
         model = model.to(torch.float32)
     return model.requires_grad_(False).eval().to(device)
@@ -208,7 +206,7 @@ def load_unet(args: Namespace, source: Source, device: torch.device) -> UNet2DCo
     Raises:
         UserError: the attention implementation asked for cannot run here.
     """
-    unet = source.load(UNet2DConditionModel, "unet", torch_dtype=torch.float32).to(device).train()
+    unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32).to(device).train()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     for flag in ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"):
