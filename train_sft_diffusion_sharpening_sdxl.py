@@ -127,7 +127,9 @@ def main(args: argparse.Namespace) -> int:
     unet = sdxl.load_unet(args, source, device)
     ema = run.make_ema(unet, args, device) if args.use_ema else None
     optimizer = run.make_optimizer(unet, args, world_size)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, num_steps)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps
+    )
     model, optimizer = accelerator.prepare(unet, optimizer)
     checkpoints.register_checkpointing(accelerator, unet, ema, lr_scheduler)
     if checkpoint is not None:

@@ -135,22 +135,25 @@ def plot_rewards(metrics_path: Path, image_path: Path) -> None:
     lines = [line for line in read_metrics(metrics_path) if "reward/mean" in line]
     if not lines:
         return
+    window = max(1, len(lines) // 20)
+
+    def running(name: str) -> np.ndarray:
+        return np.convolve([line[name] for line in lines], np.ones(window) / window, mode="valid")
+
     steps = np.array([line["step"] for line in lines])
-    mean, spread, best, worst = (
-        np.array([line[f"reward/{name}"] for line in lines]) for name in ("mean", "spread", "best", "worst")
-    )
+    mean, spread = running("reward/mean"), running("reward/spread")
     figure, axis = pyplot.subplots(figsize=(8, 4.5))
-    axis.fill_between(steps, mean - spread, mean + spread, alpha=0.2, linewidth=0, label="spread over branches")
-    axis.plot(steps, best, color="tab:green", linewidth=0.6, alpha=0.5, label="best branch")
-    axis.plot(steps, worst, color="tab:red", linewidth=0.6, alpha=0.5, label="worst branch")
-    axis.plot(steps, mean, color="tab:blue", linewidth=0.6, alpha=0.5)
-    window = max(1, len(steps) // 20)
-    smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
-    axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean, running over {window} steps")
+    axis.plot(steps, [line["reward/mean"] for line in lines], color="0.8", linewidth=0.6, label="mean of each step")
+    smoothed = steps[window - 1 :]
+    axis.fill_between(smoothed, mean - spread, mean + spread, alpha=0.2, linewidth=0, label="spread over branches")
+    axis.plot(smoothed, running("reward/best"), color="tab:green", linewidth=1, label="best branch")
+    axis.plot(smoothed, running("reward/worst"), color="tab:red", linewidth=1, label="worst branch")
+    axis.plot(smoothed, mean, color="tab:blue", label="mean")
     validated = [(line["step"], line["validation/reward"]) for line in lines if "validation/reward" in line]
     if validated:
         axis.plot(*zip(*validated, strict=True), "ko-", markersize=4, label="validation images")
-    axis.set(xlabel="optimizer step", ylabel="reward")
+    note = f" (running mean over {window} steps)" if window > 1 else ""
+    axis.set(xlabel="optimizer step", ylabel=f"reward{note}")
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(image_path, dpi=120, bbox_inches="tight")
