@@ -7,15 +7,21 @@ Prompts are taken in turn until `--num_images` are drawn; image i of both models
 `--seed` and i, so the difference is paired. Writes `comparison.json` and `before_after.png`.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain file from anywhere
 
 from reward import load_reward, parse_reward_spec
 from sharpening.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -53,7 +59,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def draw(args: argparse.Namespace, model: str, prompts: list[str]) -> "torch.Tensor":  # noqa: F821
+def draw(args: argparse.Namespace, model: str, prompts: list[str]) -> Tensor:
     """Images (len(prompts), 3, H, W) in [0, 1] by `model` with DDIM, from seeds that depend on the position alone."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
@@ -85,9 +91,10 @@ def draw(args: argparse.Namespace, model: str, prompts: list[str]) -> "torch.Ten
     return torch.cat(images)
 
 
-def write_grid(base: "torch.Tensor", trained: "torch.Tensor", prompts: list[str], path: Path) -> None:  # noqa: F821
+def write_grid(base: Tensor, trained: Tensor, prompts: list[str], path: Path) -> None:
     """A grid of pairs, before on the left and after on the right, each under its prompt."""
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -100,7 +107,7 @@ def write_grid(base: "torch.Tensor", trained: "torch.Tensor", prompts: list[str]
     for axis, before, after, prompt in zip(axes.flat, base, trained, prompts, strict=False):
         gap = before.new_ones(3, before.shape[1], max(1, before.shape[2] // 16))
         pair = [part.permute(1, 2, 0).numpy() for part in (before, gap, after)]
-        axis.imshow(__import__("numpy").concatenate(pair, axis=1), interpolation="nearest")
+        axis.imshow(np.concatenate(pair, axis=1), interpolation="nearest")
         axis.set_title(prompt if len(prompt) < 42 else f"{prompt[:40]}...", fontsize=7)
     figure.suptitle("before (left) and after (right), same noise", fontsize=10)
     figure.tight_layout()
