@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,9 +256,11 @@ def branch_model(
     unet: nn.Module, condition: Condition, unconditional: Unconditional, guidance_scale: float
 ) -> tuple[Predict, Guide | None]:
     """The callables that `walk` and `generate` take: the conditional output, and the guidance on top of it."""
-    without_prompt = condition.without_prompt(unconditional)
-    guide = classifier_free_guidance(lambda x, t: predict_output(unet, x, t, without_prompt), guidance_scale)
-    return lambda x, t: predict_output(unet, x, t, condition), guide
+    predict = partial(predict_output, unet, condition=condition)
+    if guidance_scale == 1:
+        return predict, None
+    predict_unconditional = partial(predict_output, unet, condition=condition.without_prompt(unconditional))
+    return predict, classifier_free_guidance(predict_unconditional, guidance_scale)
 
 
 def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:

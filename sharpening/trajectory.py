@@ -159,10 +159,8 @@ def generate(predict: Predict, schedule: Schedule, x: Tensor, guide: Guide | Non
     return x
 
 
-def classifier_free_guidance(predict_unconditional: Predict, scale: float) -> Guide | None:
-    """The guide `u + scale (c - u)`, its unconditional part without gradient; None when scale is 1 (nothing to do)."""
-    if scale == 1:
-        return None
+def classifier_free_guidance(predict_unconditional: Predict, scale: float) -> Guide:
+    """The guide `u + scale (c - u)` (Ho & Salimans, arXiv 2207.12598), its unconditional part without gradient."""
 
     def guide(output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         with torch.no_grad():

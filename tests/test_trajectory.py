@@ -228,9 +228,11 @@ def test_squared_error_is_the_mse_of_each_row():
         torch.testing.assert_close(value, torch.nn.functional.mse_loss(output[row], target[row]))
 
 
-def test_guide_of_one_costs_nothing_and_others_extrapolate():
-    assert classifier_free_guidance(lambda x, t: 1 / 0, 1.0) is None
+def test_guidance_extrapolates_from_the_unconditional_output():
     guide = classifier_free_guidance(lambda x, t: torch.zeros_like(x), 5.0)
     assert guide(torch.ones(2), torch.ones(2), torch.zeros(2)).tolist() == [5.0, 5.0]
+
+
+def test_target_of_a_sample_model_is_the_clean_latent():
     step = Step(torch.ones(1, 1), torch.tensor([1]), None, None, torch.tensor([True]))
     assert branch_target(hand_schedule("sample"), step, torch.full((1, 1), 7.0), torch.ones(1, 1), "noise").item() == 7
