@@ -278,6 +278,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"saved the pipeline and reward_curve.png to {output_dir}", flush=True)
         if args.push_to_hub:
             publishing.push_to_hub(args)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
 

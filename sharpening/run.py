@@ -28,9 +28,15 @@ logger = get_logger(__name__)
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
-    """The accelerator, with logging set up and secrets kept out of the trackers' view of `sys.argv`."""
+    """The accelerator, with logging set up and secrets kept out of the trackers' view of `sys.argv`.
+
+    Raises:
+        UserError: the launcher started several processes that do not form a group.
+    """
     sys.argv[:] = redact(sys.argv)
     accelerator = Accelerator(
+        # Without a device and without being told, accelerate would let every process believe that it is alone.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(
@@ -43,6 +49,12 @@ def make_accelerator(args: Namespace) -> Accelerator:
     for noisy in ("accelerate", "httpx", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"the launcher started {launched} processes but accelerate sees {accelerator.num_processes}: they would "
+            "overwrite each other; launch with torchrun, or run `accelerate config` again"
+        )
     return accelerator
 
 
