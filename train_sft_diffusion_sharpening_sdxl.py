@@ -18,7 +18,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from sharpening.arguments import parse, shared_parser
+from sharpening.arguments import parse, shared_parser, validate_schedule
 from sharpening.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def main(args: argparse.Namespace) -> int:
     output_dir = Path(args.output_dir)
     source = sdxl.pipeline_source(args)
     scheduler_config = source.read_json("scheduler/scheduler_config.json")
+    validate_schedule(args, scheduler_config["num_train_timesteps"])
     schedule = Schedule.from_config(scheduler_config, args.infer_steps, args.prediction_type)
     images = data.load_captioned_images(
         dataset_name=args.dataset_name,

@@ -228,6 +228,23 @@ def validate(args: argparse.Namespace) -> None:
     _validate_hardware(args)
 
 
+def validate_schedule(args: argparse.Namespace, num_train_timesteps: int) -> None:
+    """What can only be checked against the model's own scheduler config.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    _require(
+        args.infer_steps <= num_train_timesteps,
+        f"--infer_steps is {args.infer_steps}, but the model has only {num_train_timesteps} timesteps; lower it",
+    )
+    _require(
+        args.timestep_bias_strategy != "range" or args.timestep_bias_end <= num_train_timesteps,
+        f"--timestep_bias_end is {args.timestep_bias_end}, but the model has only {num_train_timesteps} timesteps; "
+        "lower it",
+    )
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)

@@ -79,7 +79,10 @@ def load_captioned_images(
         raise
     # What a broken or unreachable data set raises differs by format and by version of `datasets`.
     except Exception as error:
-        raise UserError(f"{flag} '{name}' cannot be loaded as training data: {_reason(error)}") from error
+        raise UserError(
+            f"{flag} '{name}' cannot be loaded as training data ({_reason(error)}); check that it exists, can be read "
+            "and has rows in its train split."
+        ) from error
     if len(dataset) == 0:
         raise UserError(f"{flag} '{name}' holds no rows; give a data set whose train split is not empty.")
     dataset = _two_columns(dataset, image_column, caption_column)

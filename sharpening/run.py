@@ -18,6 +18,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from sharpening.arguments import public, redact
 from sharpening.checkpoints import save_checkpoint
@@ -175,7 +176,7 @@ def any_rank(accelerator: Accelerator, value: int) -> int:
 def fail(accelerator: Accelerator, args: Namespace, step: int, run_id: str, message: str) -> int:
     """Save the state after the last finished step, say what went wrong, and return exit status 1."""
     path = save_checkpoint(accelerator, args, step, run_id)
-    print(f"error: {message}; the run is saved in {path}", file=sys.stderr, flush=True)
+    tqdm.write(f"error: {message}; the run is saved in {path}", file=sys.stderr)  # not into the progress bar's line
     accelerator.end_training()
     return 1
 

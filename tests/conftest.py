@@ -1,0 +1,127 @@
+"""What whole-script tests share: a random tiny SDXL, an image folder, one cache, and two ways to run the script."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+# Two busy processes with two threads each are ten times slower than one thread each.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = "train_sft_diffusion_sharpening_sdxl.py"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Paths of a random tiny SDXL, of a folder of 12 captioned images, and of a cache that all runs share."""
+    from scripts.make_shapes_dataset import write_dataset
+    from scripts.make_tiny_sdxl import build_random_sdxl
+
+    root = tmp_path_factory.mktemp("world")
+    build_random_sdxl(root / "model")
+    write_dataset(root / "shapes", num_images=12, seed=0)
+    return SimpleNamespace(root=root, model=root / "model", shapes=root / "shapes", cache=root / "cache")
+
+
+@pytest.fixture
+def flags(world, tmp_path):
+    """Build a command line: the base run, changed by keyword; None drops a flag, True makes a switch."""
+
+    def build(**changes):
+        values = {
+            "pretrained_model_name_or_path": world.model,
+            "train_data_dir": world.shapes,
+            "cache_dir": world.cache,
+            "output_dir": tmp_path / "run",
+            "resolution": 32,
+            "train_batch_size": 2,
+            "max_train_steps": 2,
+            "reward_model": "shapes",
+            "report_to": "none",
+            "seed": 0,
+            **changes,
+        }
+        return [
+            f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in values.items()
+            if value is not None and value is not False
+        ]
+
+    return build
+
+
+@pytest.fixture
+def train():
+    """Run the script in this process and return its exit status; global state is put back afterwards."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train_sft_diffusion_sharpening_sdxl as script
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv = list(sys.argv)
+
+    def run(command):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        sys.argv[1:] = command
+        try:
+            return script.cli(command)
+        finally:
+            sys.argv[:] = argv
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    yield run
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def launch():
+    """Start the script as a user does and wait for it: by python, by accelerate, or by torchrun on two ranks."""
+
+    def run(command, launcher="python", cwd=ROOT, timeout=300):
+        return subprocess.run(
+            [*launcher_words(launcher), str(ROOT / SCRIPT), *command],
+            cwd=cwd,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+    return run
+
+
+def launcher_words(launcher):
+    scripts = Path(sys.executable).parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "python": [sys.executable],
+        "accelerate": [
+            str(scripts / "accelerate"), "launch", "--cpu", "--num_processes=1", "--num_machines=1",
+            "--mixed_precision=no", "--dynamo_backend=no",
+        ],
+        "torchrun": [str(scripts / "torchrun"), "--nproc_per_node=2", f"--master_port={port}"],
+    }[launcher]  # fmt: skip
+
+
+def metrics(run_dir):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_files(left, right, names):
+    """The names whose files differ between two folders."""
+    return [name for name in names if (Path(left) / name).read_bytes() != (Path(right) / name).read_bytes()]

@@ -1,0 +1,179 @@
+"""Bad input: one sentence on stderr that names the flag or file and the remedy, exit status 2, no stack trace."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def drawn(folder, name="0.png", text="a red circle on a white background"):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / name)
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": name, "text": text}) + "\n")
+    return folder
+
+
+def corrupt_image(folder, world):
+    drawn(folder / "corrupt")
+    (folder / "corrupt" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nnot a picture")
+    return {"train_data_dir": folder / "corrupt"}
+
+
+def empty_data_set(folder, world):
+    import datasets
+
+    datasets.Dataset.from_dict({"image": [], "text": []}).to_parquet(folder / "empty.parquet")
+    return {"train_data_dir": None, "dataset_name": folder / "empty.parquet"}
+
+
+def model_without(part, file):
+    def build(folder, world):
+        shutil.copytree(world.model, folder / "model")
+        if file is None:
+            shutil.rmtree(folder / "model" / part)
+        else:
+            (folder / "model" / part / file).unlink()
+        return {"pretrained_model_name_or_path": folder / "model"}
+
+    return build
+
+
+def incomplete_checkpoint(folder, world):
+    (folder / "checkpoint-3").mkdir()
+    return {"resume_from_checkpoint": folder / "checkpoint-3"}
+
+
+def occupied_output(folder, world):
+    checkpoint = folder / "run" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"step": 3}')
+    return {}
+
+
+def output_below_a_file(folder, world):
+    (folder / "file").write_text("")
+    return {"output_dir": folder / "file" / "run"}
+
+
+def reward_file(text, name="score"):
+    def build(folder, world):
+        (folder / "my_reward.py").write_text(text)
+        return {"reward_model": f"{folder}/my_reward.py:{name}"}
+
+    return build
+
+
+def empty_prompts(folder, world):
+    (folder / "prompts.txt").write_text("\n  \n")
+    return {"validation_prompts_file": folder / "prompts.txt"}
+
+
+# what is wrong: (flags, or a function of (folder, world) that makes them; what the sentence must say)
+CASES = {
+    "no data": ({"train_data_dir": None}, ["--dataset_name", "--train_data_dir"]),
+    "two data sets": ({"dataset_name": "owner/data"}, ["--dataset_name and --train_data_dir", "give one"]),
+    "missing image folder": ({"train_data_dir": "/nowhere"}, ["--train_data_dir /nowhere", "give an image folder"]),
+    "missing data file": ({"train_data_dir": None, "dataset_name": "./no.parquet"}, ["--dataset_name './no.parquet'"]),
+    "empty data set": (empty_data_set, ["--dataset_name", "has rows in its train split"]),
+    "wrong image column": ({"image_column": "picture"}, ["--image_column 'picture'", "choose one of: image, text"]),
+    "wrong caption column": ({"caption_column": "cap"}, ["--caption_column 'cap'", "choose one of: image, text"]),
+    "captions that are images": ({"caption_column": "image"}, ["--caption_column 'image'"]),
+    "corrupt image": (corrupt_image, ["0.png", "remove or replace it"]),
+    "missing model folder": (
+        {"pretrained_model_name_or_path": "/nowhere/model"},
+        ["--pretrained_model_name_or_path /nowhere/model", "does not exist"],
+    ),
+    "folder without a pipeline": ({"pretrained_model_name_or_path": "tests"}, ["model_index.json", "save_pretrained"]),
+    "model without UNet weights": (
+        model_without("unet", "diffusion_pytorch_model.safetensors"),
+        ["--pretrained_model_name_or_path", "UNet2DConditionModel", "check the name"],
+    ),
+    "model without scheduler": (model_without("scheduler", None), ["scheduler/scheduler_config.json"]),
+    "model without text encoder": (model_without("text_encoder", None), ["text_encoder", "check the name"]),
+    "missing VAE": ({"pretrained_vae_model_name_or_path": "./vae"}, ["--pretrained_vae_model_name_or_path ./vae"]),
+    "missing reward VAE": ({"reward_vae": "./taesd"}, ["--reward_vae ./taesd", "does not exist"]),
+    "variant that does not exist": ({"variant": "fp16"}, ["fp16", "--variant"]),
+    "resolution not divisible by 8": ({"resolution": 100}, ["--resolution is 100", "multiple of 8", "try 96"]),
+    "no branch": ({"num_noisy_latents": 0}, ["--num_noisy_latents is 0", "at least 1"]),
+    "no step": ({"trajectory_nums": 0}, ["--trajectory_nums is 0", "at least 1"]),
+    "more steps than a trajectory": ({"trajectory_nums": 26}, ["--trajectory_nums is 26", "--infer_steps=25"]),
+    "more sampling steps than timesteps": ({"infer_steps": 1001}, ["--infer_steps", "1000"]),
+    "bias beyond the schedule": (
+        {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 2, "timestep_bias_end": 1001},
+        ["--timestep_bias_end", "1000"],
+    ),
+    "empty bias range": (
+        {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 2, "timestep_bias_begin": 1000},
+        ["--timestep_bias_begin=1000", "below end"],
+    ),
+    "bias without effect": ({"timestep_bias_strategy": "later"}, ["--timestep_bias_strategy=later", "multiplier"]),
+    "unknown reward": ({"reward_model": "clipp"}, ["--reward_model", "clip"]),
+    "reward of a later version": ({"reward_model": "image_reward"}, ["--reward_model", "image_reward"]),
+    "weight that is no number": ({"reward_model": "shapes:much"}, ["--reward_model", "much"]),
+    "missing reward file": ({"reward_model": "./nothing.py:score"}, ["--reward_model", "nothing.py"]),
+    "reward file without that name": (reward_file("other = 1"), ["--reward_model", "score"]),
+    "reward file that does not import": (reward_file("import nonsense_package"), ["--reward_model", "nonsense"]),
+    "CLIP weights out of reach": ({"reward_model": "clip"}, ["--clip_model"]),
+    "output below a file": (output_below_a_file, ["--output_dir", "choose another"]),
+    "output of another run": (occupied_output, ["already holds checkpoint-3", "--resume_from_checkpoint latest"]),
+    "missing checkpoint": ({"resume_from_checkpoint": "/nowhere"}, ["--resume_from_checkpoint /nowhere", "latest"]),
+    "incomplete checkpoint": (incomplete_checkpoint, ["--resume_from_checkpoint", "not a complete checkpoint"]),
+    "two kinds of validation prompts": (
+        {"validation_prompt": "a", "validation_prompts_file": "b"},
+        ["--validation_prompt and --validation_prompts_file"],
+    ),
+    "missing prompts file": ({"validation_prompts_file": "/no.txt"}, ["--validation_prompts_file /no.txt"]),
+    "empty prompts file": (empty_prompts, ["--validation_prompts_file", "empty"]),
+    "xformers without a GPU": (
+        {"enable_xformers_memory_efficient_attention": True},
+        ["--enable_xformers_memory_efficient_attention", "leave the flag out"],
+    ),
+    "NPU attention without an NPU": ({"enable_npu_flash_attention": True}, ["--enable_npu_flash_attention"]),
+    "fp16 without a GPU": ({"mixed_precision": "fp16"}, ["--mixed_precision=fp16", "bf16"]),
+    "share above one": ({"proportion_empty_prompts": 1.5}, ["--proportion_empty_prompts is 1.5", "[0, 1]"]),
+    "negative learning rate": ({"learning_rate": -1}, ["--learning_rate is -1", "above 0"]),
+    "negative snr_gamma": ({"snr_gamma": -5}, ["--snr_gamma is -5"]),
+    "hub id without push": ({"hub_model_id": "me/model"}, ["--hub_model_id", "--push_to_hub"]),
+    "unknown flag": ({"learning_rates": 1}, ["--learning_rates", "--help"]),
+    "abbreviated flag": ({"resol": 32}, ["--resol"]),
+    "flag of the wrong type": ({"resolution": "big"}, ["--resolution", "big"]),
+    "no checkpoint kept": ({"checkpoints_total_limit": 0}, ["--checkpoints_total_limit is 0"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_in_one_sentence(case, train, flags, world, tmp_path, capsys, request):
+    changes, expected = CASES[case]
+    if callable(changes):
+        changes = changes(tmp_path, world)
+    if torch_gpu() and "GPU" in case:
+        request.applymarker(pytest.mark.skip(reason="needs a machine without a GPU"))
+    before = sorted(str(path) for path in tmp_path.rglob("checkpoint-*"))
+    assert train(flags(**changes)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    for part in expected:
+        assert part in lines[0]
+    assert sorted(str(path) for path in tmp_path.rglob("checkpoint-*")) == before
+
+
+def torch_gpu():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["python", "accelerate"])
+def test_refused_through_a_real_launch(launcher, launch, flags):
+    result = launch(flags(resolution=100), launcher)
+    assert "error: --resolution is 100" in result.stderr
+    if launcher == "python":  # accelerate turns every status into 1 and prints its own trace
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    else:
+        assert result.returncode != 0
