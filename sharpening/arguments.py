@@ -208,6 +208,7 @@ def validate(args: argparse.Namespace) -> None:
         f"--trajectory_nums is {args.trajectory_nums}, but a trajectory has only --infer_steps={args.infer_steps} "
         "steps; lower the first or raise the second",
     )
+    _require(args.seed is None or 0 <= args.seed < 2**32, f"--seed is {args.seed}, but it must lie in [0, 4294967295]")
     _require(args.snr_gamma is None or args.snr_gamma > 0, f"--snr_gamma is {args.snr_gamma}, but must be above 0")
     _require(
         0 < args.timestep_bias_portion <= 1,

@@ -140,12 +140,17 @@ CASES = {
     "unknown flag": ({"learning_rates": 1}, ["--learning_rates", "--help"]),
     "abbreviated flag": ({"resol": 32}, ["--resol"]),
     "flag of the wrong type": ({"resolution": "big"}, ["--resolution", "big"]),
+    "negative seed": ({"seed": -1}, ["--seed is -1"]),
+    "W&B without a login": ({"report_to": "wandb"}, ["--report_to wandb", "wandb login", "WANDB_MODE=offline"]),
     "no checkpoint kept": ({"checkpoints_total_limit": 0}, ["--checkpoints_total_limit is 0"]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refused_in_one_sentence(case, train, flags, world, tmp_path, capsys, request):
+def test_refused_in_one_sentence(case, train, flags, world, tmp_path, capsys, request, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
     changes, expected = CASES[case]
     if callable(changes):
         changes = changes(tmp_path, world)
