@@ -102,11 +102,17 @@ def resolve_run(accelerator: Accelerator, args: Namespace, checkpoint: Path | No
         state = json.loads((checkpoint / STATE_FILE).read_text())
         if args.seed is None:
             args.seed = state["args"]["seed"]
-        for name in IDENTITY_FLAGS:
-            if state["args"].get(name) != getattr(args, name):
+        then = {f"--{name}": state["args"].get(name) for name in IDENTITY_FLAGS}
+        now = {f"--{name}": getattr(args, name) for name in IDENTITY_FLAGS}
+        then["the number of processes"], now["the number of processes"] = (
+            state["world_size"],
+            accelerator.num_processes,
+        )
+        for name in now:
+            if then[name] != now[name]:
                 logger.warning(
-                    f"--{name} was {state['args'].get(name)} and is now {getattr(args, name)}: the resumed run "
-                    "differs from one that was never interrupted"
+                    f"{name} was {then[name]} and is now {now[name]}: the resumed run differs from one that was never "
+                    "interrupted"
                 )
     if args.seed is None:
         args.seed = secrets.randbelow(2**31)

@@ -61,6 +61,13 @@ def test_incomplete_checkpoints_are_passed_over_with_a_warning(train, flags, tmp
     assert (tmp_path / "run" / "checkpoint-2" / "state.json").exists()
 
 
+def test_resuming_with_other_settings_is_pointed_out(train, flags, caplog):
+    assert train(flags(checkpointing_steps=2)) == 0
+    assert train(flags(resume_from_checkpoint="latest", max_train_steps=3, train_batch_size=4)) == 0
+    warnings = [record.message for record in caplog.records if "never interrupted" in record.message]
+    assert len(warnings) == 1 and "--train_batch_size was 2 and is now 4" in warnings[0]
+
+
 def test_only_the_newest_checkpoints_are_kept(train, flags, tmp_path):
     assert train(flags(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)) == 0
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-5"]
