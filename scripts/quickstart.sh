@@ -16,7 +16,7 @@ started=$SECONDS
 python scripts/make_shapes_dataset.py --output_dir "$OUT/shapes" --num_images 2000 --seed 1 \
   --held_out_prompts "$OUT/held_out_prompts.txt"
 
-accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
   train_sft_diffusion_sharpening_sdxl.py \
   --pretrained_model_name_or_path=scripts/tiny_sdxl \
   --train_data_dir="$OUT/shapes" --cache_dir="$OUT/cache" \

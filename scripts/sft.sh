@@ -16,7 +16,7 @@ fi
 install requirements.txt
 source "$VENV/bin/activate"
 
-accelerate launch --main_process_port 10950 train_sft_diffusion_sharpening_sdxl.py \
+accelerate launch --quiet --main_process_port 10950 train_sft_diffusion_sharpening_sdxl.py \
   --pretrained_model_name_or_path="$MODEL_NAME" \
   --pretrained_vae_model_name_or_path="madebyollin/sdxl-vae-fp16-fix" \
   "${DATA[@]}" \
