@@ -31,7 +31,13 @@ def save_pipeline(
     options = {"unet": unet, "dtype": torch.float32}
     if args.pretrained_vae_model_name_or_path:
         options["vae"] = vae
-    source.load(StableDiffusionXLPipeline, **options).save_pretrained(partial)
+    pipeline = source.load(StableDiffusionXLPipeline, **options)
+    if args.prediction_type is not None:
+        # Whoever samples must read the output as what it was trained to be.
+        pipeline.scheduler = pipeline.scheduler.from_config(
+            pipeline.scheduler.config, prediction_type=args.prediction_type
+        )
+    pipeline.save_pretrained(partial)
     (partial / "README.md").write_text(model_card(args, step, metrics))
     (output_dir / "model_index.json").unlink(missing_ok=True)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):

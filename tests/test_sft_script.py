@@ -221,6 +221,13 @@ def test_trained_pipeline_loads_in_stock_diffusers_and_draws(train, flags, world
     assert card.startswith("---\nlibrary_name: diffusers") and "| `learning_rate` | `0.001` |" in card
 
 
+@pytest.mark.parametrize("prediction_type", [None, "v_prediction"])
+def test_saved_scheduler_says_what_the_model_predicts(prediction_type, train, flags, tmp_path):
+    assert train(flags(prediction_type=prediction_type, max_train_steps=1)) == 0
+    scheduler = StableDiffusionXLPipeline.from_pretrained(tmp_path / "run").scheduler
+    assert scheduler.config.prediction_type == (prediction_type or "epsilon")
+
+
 def test_failed_push_leaves_the_pipeline_complete(train, flags, tmp_path, capsys):
     assert train(flags(push_to_hub=True, hub_token="hf_PLANTED")) == 2
     error = capsys.readouterr().err
