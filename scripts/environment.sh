@@ -16,7 +16,7 @@ install() {
   stamp=$(cat "$@" | sha256sum | cut -c1-16)
   local marker="$VENV/.installed-$stamp"
   [ -e "$marker" ] && return
-  echo "setting up $VENV (a few minutes and about 7 GB, the first time only)"
+  echo "setting up $VENV (a few minutes and about 8 GB, the first time only)"
   [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
   local arguments=()
   for file in "$@"; do arguments+=(-r "$file"); done
