@@ -182,22 +182,23 @@ def text_identity(pipeline: Source) -> str:
 def load_vae(args: Namespace, pipeline: Source, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     """The training VAE, frozen; in float32 only where its config says that float16 overflows (`force_upcast`)."""
     source, subfolder = vae_source(args, pipeline)
-    return _load_decoder(source, subfolder, AutoencoderKL, device, dtype)
+    return _load_decoder(source, subfolder, device, dtype)
 
 
 def load_reward_decoder(args: Namespace, device: torch.device, dtype: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
     """The decoder named by `--reward_vae`: an `AutoencoderTiny` (TAESD) or another `AutoencoderKL`."""
-    source = Source("reward_vae", args.reward_vae, cache_dir=args.cache_dir)
-    tiny = source.read_json("config.json").get("_class_name") == "AutoencoderTiny"
-    return _load_decoder(source, None, AutoencoderTiny if tiny else AutoencoderKL, device, dtype)
+    return _load_decoder(Source("reward_vae", args.reward_vae, cache_dir=args.cache_dir), None, device, dtype)
 
 
 def _load_decoder(
-    source: Source, subfolder: str | None, model_class: type, device: torch.device, dtype: torch.dtype
-) -> Any:
-    model = source.load(model_class, subfolder, dtype=dtype)
-    if dtype == torch.float16 and model.config.force_upcast:
-        model = model.to(torch.float32)
+    source: Source, subfolder: str | None, device: torch.device, dtype: torch.dtype
+) -> AutoencoderKL | AutoencoderTiny:
+    config = source.read_json(f"{subfolder}/config.json" if subfolder else "config.json")
+    tiny = config.get("_class_name") == "AutoencoderTiny"
+    # Decided before loading: weights that passed through float16 would stay rounded to it.
+    if dtype == torch.float16 and config.get("force_upcast", not tiny):
+        dtype = torch.float32
+    model = source.load(AutoencoderTiny if tiny else AutoencoderKL, subfolder, dtype=dtype)
     return model.requires_grad_(False).eval().to(device)
 
 
