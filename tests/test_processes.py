@@ -43,8 +43,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
-    [{"gradient_accumulation_steps": 2}, {"preset": "released", "gradient_checkpointing": True}],
-    ids=["separate backwards", "joint backward"],
+    [
+        {"gradient_accumulation_steps": 2},
+        {"preset": "released", "gradient_checkpointing": True},
+        {"branch_guidance_scale": 3},
+    ],
+    ids=["separate backwards", "joint backward", "guided branches"],
 )
 def test_two_processes_equal_one_of_twice_the_batch(extra, train, flags, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
