@@ -277,10 +277,9 @@ def main(args: argparse.Namespace) -> int:
             publishing.save_pipeline(args, source, unet, vae, step, metrics)
         tracking.plot_rewards(metrics_file.path, output_dir / "reward_curve.png")
         print(f"saved the pipeline and reward_curve.png to {output_dir}", flush=True)
-        if args.push_to_hub:
-            publishing.push_to_hub(args)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    run.finish(accelerator)
+    if is_main and args.push_to_hub:
+        publishing.push_to_hub(args)
     return 0
 
 

@@ -17,6 +17,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
@@ -173,16 +174,27 @@ def any_rank(accelerator: Accelerator, value: int) -> int:
     return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
 
 
+def finish(accelerator: Accelerator) -> None:
+    """End trackers and the process group; every rank must call it."""
+    accelerator.wait_for_everyone()
+    for model in accelerator._models:
+        if isinstance(model, DistributedDataParallel):
+            # Its reducer must go before the group does. Were it the last to hold a gloo group, the group would be
+            # destroyed under the interpreter's lock, joining a worker thread that may be waiting for that very lock.
+            del model.logger, model.reducer
+    accelerator.end_training()
+
+
 def fail(accelerator: Accelerator, args: Namespace, step: int, run_id: str, message: str) -> int:
     """Save the state after the last finished step, say what went wrong, and return exit status 1."""
     path = save_checkpoint(accelerator, args, step, run_id)
     tqdm.write(f"error: {message}; the run is saved in {path}", file=sys.stderr)  # not into the progress bar's line
-    accelerator.end_training()
+    finish(accelerator)
     return 1
 
 
 def interrupted(accelerator: Accelerator, step: int, number: int) -> int:
     """Say how to go on, and return the exit status that shells use for signal `number`."""
     logger.info(f"interrupted after step {step}; continue with --resume_from_checkpoint latest")
-    accelerator.end_training()
+    finish(accelerator)
     return 128 + number
