@@ -55,11 +55,11 @@ def sft_losses(
     a step depends on no model output, so each scalar can be backpropagated before the next forward.
 
     Shapes: x_t, x_0, eps (B, 4, h, w), the start, clean latent and noise of each chosen branch; t (B,) where it
-    starts; active (B, m) bool, from the score pass.
+    starts; active (B, m) bool, from the score pass; a row without any active step carries no gradient.
     """
     from sharpening.trajectory import branch_target, squared_error, walk
 
-    weights = active.to(x_t.dtype) / active.sum(1, keepdim=True) / len(active)  # (B, m)
+    weights = active.to(x_t.dtype) / active.sum(1, keepdim=True).clamp(min=1) / len(active)  # (B, m)
     path = walk(predict, schedule, x_t, t, active.shape[1], guide, detach=not args.backprop_through_sampler)
     for k, point in enumerate(path):
         target = branch_target(schedule, point, x_0, eps, args.branch_target)
@@ -82,8 +82,9 @@ def main(args: argparse.Namespace) -> int:
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
-    from reward import RewardError, load_reward
+    from reward import load_reward
     from sharpening import checkpoints, data, draws, publishing, run, sdxl, tracking
+    from sharpening.scoring import RewardError
     from sharpening.trajectory import Schedule, score_branches, select
     from sharpening.validation import Validation, averaged_weights
 
@@ -118,7 +119,7 @@ def main(args: argparse.Namespace) -> int:
 
     checkpoint = checkpoints.prepare_output(accelerator, args)
     start_step, run_id = checkpoints.resolve_run(accelerator, args, checkpoint)
-    reward = load_reward(args.reward_model, device=device, **run.reward_options(args))
+    reward = load_reward(args.reward_model, device, **run.reward_options(args, world_size))
     run.start_trackers(accelerator, args, run_id)
     metrics_file = tracking.MetricsFile(output_dir / "metrics.jsonl", start_step) if is_main else None
 
@@ -201,6 +202,7 @@ def main(args: argparse.Namespace) -> int:
             by_prompt = (batch_size, n, m)
             selection = select(scores.rewards.view(by_prompt), scores.active.view(by_prompt))
             best = torch.arange(batch_size) * n + selection.best  # (B,) row of the chosen branch
+            usable = selection.scored.any(1)  # (B,) a prompt without any score teaches nothing
 
             # ------------------------------------------------------------------------------------------- TRAIN
             predict, guide = sdxl.branch_model(model, condition, unconditional, args.branch_guidance_scale)
@@ -213,7 +215,7 @@ def main(args: argparse.Namespace) -> int:
                 t[best],
                 x_0[best],
                 eps[best],
-                scores.active[best].to(device),
+                (scores.active[best] & usable[:, None]).to(device),
             )
             loss = pending = torch.zeros((), device=device)
             for k in range(m):
@@ -224,12 +226,13 @@ def main(args: argparse.Namespace) -> int:
                     if k == m - 1 or not args.backprop_through_sampler:
                         accelerator.backward(pending)
                         loss, pending = loss + pending.detach(), torch.zeros_like(loss)
-            means.add("loss", loss * accumulation)
+            mean_loss = loss * accumulation * batch_size / usable.sum().clamp(min=1)  # over the prompts that count
+            means.add("loss", mean_loss.expand(batch_size), usable)
             tracking.add_rewards(means, scores, selection, t.view(batch_size, n)[:, 0].cpu(), schedule)
 
         # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
         metrics = means.reduce(accelerator)
-        if not math.isfinite(metrics["loss"]):
+        if not math.isfinite(metrics.get("loss", 0)):  # absent if no prompt of the step could be scored
             message = (
                 f"step {step}: the loss is {metrics['loss']}; lower --learning_rate or use --mixed_precision=bf16"
             )
@@ -261,7 +264,8 @@ def main(args: argparse.Namespace) -> int:
             metrics_file.append(step, metrics)
             accelerator.log(metrics, step=step)
             progress.update()
-            progress.set_postfix(loss=f"{metrics['loss']:.4f}", reward=f"{metrics['reward/mean']:.4f}")
+            shown = {name: metrics[name] for name in ("loss", "reward/mean") if name in metrics}
+            progress.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
         if run.any_rank(accelerator, bool(failure)):
             return run.fail(accelerator, args, step, run_id, failure or "the reward failed on another process")
         signal_number = run.any_rank(accelerator, stop.number)

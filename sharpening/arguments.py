@@ -90,17 +90,10 @@ def shared_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument("--timestep_bias_end", type=int, default=1000, help="end (exclusive) of range")
 
     g = parser.add_argument_group("reward")
-    g.add_argument(
-        "--reward_model",
-        default="clip",
-        help="a name, a weighted sum such as clip:0.01,jpeg_compressibility:1, module:Name, or path/file.py:Name",
-    )
-    g.add_argument("--clip_model", help="model of the clip reward, see reward.py")
+    add_reward_flags(g)
     g.add_argument("--reward_vae", help="cheaper decoder for scoring, e.g. madebyollin/taesdxl; unset: the VAE")
     g.add_argument("--score_batch_size", type=int, default=8, help="branches per forward when scoring")
     g.add_argument("--decode_batch_size", type=int, default=4, help="latents per VAE decode")
-    g.add_argument("--base_url", help="endpoint of the mllm reward")
-    g.add_argument("--api_key", help="key of the mllm reward; the environment variable OPENAI_API_KEY is safer")
 
     g = parser.add_argument_group("optimization")
     g.add_argument("--train_batch_size", type=int, default=16, help="prompts per process and micro-batch")
@@ -154,6 +147,73 @@ def shared_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument("--hub_model_id", help="repository to push to; unset: the name of --output_dir")
     g.add_argument("--hub_token", help="token to push with; the environment variable HF_TOKEN is safer")
     return parser
+
+
+def add_reward_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags that choose and configure rewards; `reward_flags` reads them back."""
+    group.add_argument(
+        "--reward_model",
+        default="clip",
+        help="a name of reward.py, name:MODEL, a weighted sum such as clip:0.01,image_reward:1, module:Name, or "
+        "path/file.py:Name",
+    )
+    group.add_argument(
+        "--reward_failure",
+        choices=["raise", "skip"],
+        default="raise",
+        help="when an image cannot be scored: stop, or leave its branch out of the selection",
+    )
+    group.add_argument("--clip_model", help="model of the clip reward, e.g. ViT-H-14/laion2b_s32b_b79k; see reward.py")
+    group.add_argument("--aesthetic_clip", help="CLIP of the aesthetic reward; unset: ViT-L-14/openai")
+    group.add_argument(
+        "--compositional_models", metavar="NAME=PATH,...", help="checkpoints of the compositional reward, or one path"
+    )
+    group.add_argument("--compositional_weights", metavar="W,...", help="their weights, in the same order; unset: 1")
+    group.add_argument("--mllm_model", default="gpt-4o", help="model of the mllm reward at its endpoint")
+    group.add_argument("--mllm_template", default="five_aspects", help="grading scheme: of mllm_template, or a file")
+    group.add_argument(
+        "--mllm_score", choices=["overall", "mean"], default="overall", help="overall grade, or mean of the aspects"
+    )
+    group.add_argument("--mllm_concurrency", type=int, default=8, help="requests under way at once, per process")
+    group.add_argument("--mllm_timeout", type=float, default=60.0, help="seconds for one request")
+    group.add_argument("--mllm_max_retries", type=int, default=3, help="tries after the first, for one image")
+    group.add_argument("--mllm_max_calls", type=int, help="stop after this many requests, retries included")
+    group.add_argument("--base_url", help="endpoint of the mllm reward; unset: OPENAI_BASE_URL or OpenAI's own")
+    group.add_argument("--api_key", help="key of the mllm reward; the environment variable OPENAI_API_KEY is safer")
+
+
+def check_reward_flags(args: argparse.Namespace) -> None:
+    """Every check of the reward flags that needs no torch.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    from mllm_template import load_template
+    from reward import parse_compositional, parse_reward_spec
+
+    for name in ("mllm_concurrency", "mllm_max_calls"):
+        value = getattr(args, name)
+        _require(value is None or value >= 1, f"--{name} is {value}, but it must be at least 1")
+    _require(args.mllm_max_retries >= 0, f"--mllm_max_retries is {args.mllm_max_retries}, but must not be negative")
+    _require(args.mllm_timeout > 0, f"--mllm_timeout is {args.mllm_timeout}, but it must be above 0")
+    for component in parse_reward_spec(args.reward_model):
+        if component.target == "mllm":
+            load_template(args.mllm_template)
+        if component.target == "compositional":
+            parse_compositional(component.model or args.compositional_models, args.compositional_weights)
+
+
+def reward_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as `reward.load_reward` takes them."""
+    names = ("clip_", "aesthetic_", "compositional_", "mllm_")
+    flags = {name: value for name, value in vars(args).items() if name.startswith(names)}
+    return {
+        **flags,
+        "failure": args.reward_failure,
+        "base_url": args.base_url,
+        "api_key": args.api_key,
+        "cache_dir": args.cache_dir,
+    }
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -257,8 +317,6 @@ def looks_local(name: str) -> bool:
 
 
 def _validate_sources(args: argparse.Namespace) -> None:
-    from reward import parse_reward_spec
-
     _require(
         bool(args.dataset_name) or bool(args.train_data_dir),
         "no training data: give --dataset_name (hub id, folder, parquet, tars) or --train_data_dir (image folder)",
@@ -293,7 +351,7 @@ def _validate_sources(args: argparse.Namespace) -> None:
         path = Path(args.validation_prompts_file)
         _require(path.is_file(), f"--validation_prompts_file {path} does not exist; give a text file")
         _require(bool(path.read_text().split()), f"--validation_prompts_file {path} is empty; give one prompt a line")
-    parse_reward_spec(args.reward_model)
+    check_reward_flags(args)
 
 
 def _validate_output(args: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""Errors as the person at the keyboard reads them."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -7,3 +10,16 @@ class UserError(Exception):
     The message is one sentence that names the flag or the file and the remedy. The scripts print it without a stack
     trace and exit with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """An exception on one line: state-dict mismatches, for one, run to hundreds."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:300].rstrip(':;,. ')}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question in brackets that offers the nearest known word, or nothing."""
+    by_lower = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[nearest[0]]}?)" if nearest else ""

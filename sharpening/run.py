@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from sharpening.arguments import public, redact
+from sharpening.arguments import public, redact, reward_flags
 from sharpening.checkpoints import save_checkpoint
 from sharpening.errors import UserError
 from sharpening.sdxl import Source, count_unet_parameters
@@ -147,10 +147,20 @@ def make_ema(unet: UNet2DConditionModel, args: Namespace, device: torch.device) 
     return ema
 
 
-def reward_options(args: Namespace) -> dict[str, Any]:
-    """The flags that rewards read, those left out omitted."""
-    options = {"clip_model": args.clip_model, "cache_dir": args.cache_dir}
-    return {name: value for name, value in options.items() if value is not None}
+def reward_options(args: Namespace, world_size: int) -> dict[str, Any]:
+    """The reward flags for one of `world_size` processes; a cap on calls is shared out among them.
+
+    Raises:
+        UserError: the cap is too small to share.
+    """
+    flags = reward_flags(args)
+    if args.mllm_max_calls is not None:
+        if args.mllm_max_calls < world_size:
+            raise UserError(
+                f"--mllm_max_calls is {args.mllm_max_calls}, but {world_size} processes share it; raise it"
+            )
+        flags["mllm_max_calls"] = args.mllm_max_calls // world_size
+    return flags
 
 
 class StopSignal:

@@ -44,19 +44,25 @@ def add_rewards(means: Means, scores: Scores, selection: Selection, t: Tensor, s
 
     `reward/spread` is the standard deviation over a prompt's branches (the band of the paper's figure 6).
     `reward/timesteps_q1` to `_q4` are the mean reward of branches by the quarter of the training timesteps in which
-    they start, q1 being the cleanest.
+    they start, q1 being the cleanest. `reward/failure_rate` is the share of branches that have no reward
+    (`--reward_failure=skip`); the other curves are over those that have one.
     """
-    branch = selection.branch_reward  # (B, n)
-    means.add("reward/mean", branch)
-    means.add("reward/best", branch.gather(1, selection.best[:, None]))
-    means.add("reward/worst", branch.gather(1, selection.worst[:, None]))
-    means.add("reward/spread", branch.std(1, correction=0))
-    means.add("reward/tie_rate", selection.tied)
+    branch, scored = selection.branch_reward, selection.scored  # (B, n)
+    usable = scored.any(1)  # (B,)
+    count = scored.sum(1).clamp(min=1)
+    mean = torch.where(scored, branch, 0).sum(1) / count  # (B,)
+    variance = torch.where(scored, (branch - mean[:, None]).square(), 0).sum(1) / count
+    means.add("reward/mean", branch, scored)
+    means.add("reward/best", branch.gather(1, selection.best[:, None])[:, 0], usable)
+    means.add("reward/worst", branch.gather(1, selection.worst[:, None])[:, 0], usable)
+    means.add("reward/spread", variance.sqrt(), usable)
+    means.add("reward/tie_rate", selection.tied, usable)
+    means.add("reward/failure_rate", ~scored)
     for name, values in scores.components.items():
-        means.add(f"reward/component/{name}", values, scores.active)
+        means.add(f"reward/component/{name}", values, scores.active & ~values.isnan())
     quarter = t * 4 // schedule.num_train_timesteps  # (B,)
     for index in range(4):
-        means.add(f"reward/timesteps_q{index + 1}", branch, (quarter == index)[:, None].expand_as(branch))
+        means.add(f"reward/timesteps_q{index + 1}", branch, scored & (quarter == index)[:, None])
 
 
 def peak_memory_gib(device: torch.device) -> float:

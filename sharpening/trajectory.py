@@ -198,8 +198,8 @@ def masked_mean(values: Tensor, active: Tensor) -> Tensor:
 class Scores(NamedTuple):
     """What the score pass learned about R branches of m steps."""
 
-    rewards: Tensor  # (R, m) float32 on the CPU; 0 where inactive
-    components: dict[str, Tensor]  # name -> (R, m), the raw value of every component of the reward
+    rewards: Tensor  # (R, m) float32 on the CPU; 0 where inactive, NaN where the reward failed and was told to skip
+    components: dict[str, Tensor]  # name -> (R, m), the raw value of every component of the reward, likewise
     active: Tensor  # (R, m) bool on the CPU
     last_estimate: Tensor  # (R, ...) the clean estimate of every branch's last active step
 
@@ -241,9 +241,10 @@ def score_branches(
 class Selection(NamedTuple):
     """Which branch of each prompt to learn from."""
 
-    branch_reward: Tensor  # (B, n) mean reward over the active steps of each branch
-    best: Tensor  # (B,) index in [0, n)
-    worst: Tensor  # (B,) index in [0, n)
+    branch_reward: Tensor  # (B, n) mean reward over the active steps of each branch; NaN if one of them has none
+    scored: Tensor  # (B, n) bool: the branch has a reward and took part
+    best: Tensor  # (B,) index in [0, n), among scored branches
+    worst: Tensor  # (B,) index in [0, n), among scored branches
     tied: Tensor  # (B,) bool: best and worst earned the same, so the choice says nothing
 
 
@@ -251,8 +252,13 @@ def select(rewards: Tensor, active: Tensor) -> Selection:
     """Best and worst branch of every prompt (eq. 8), never across prompts; rewards and active are (B, n, m).
 
     The branches of a prompt share t, hence the number of active steps, so the mean ranks them exactly as the sum does.
+    A branch with a reward of NaN (`--reward_failure=skip`) is out of the running. Where all of a prompt's are, `best`
+    and `worst` are arbitrary and `scored` says so.
     """
     branch_reward = masked_mean(rewards, active)
-    best, worst = branch_reward.argmax(1), branch_reward.argmin(1)
-    tied = branch_reward.amax(1) == branch_reward.amin(1)
-    return Selection(branch_reward, best, worst, tied)
+    scored = ~branch_reward.isnan()
+    as_loser = torch.where(scored, branch_reward, -torch.inf)
+    as_winner = torch.where(scored, branch_reward, torch.inf)
+    best, worst = as_loser.argmax(1), as_winner.argmin(1)
+    tied = scored.any(1) & (as_loser.amax(1) == as_winner.amin(1))
+    return Selection(branch_reward, scored, best, worst, tied)

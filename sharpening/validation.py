@@ -16,7 +16,7 @@ from sharpening import sdxl
 from sharpening.trajectory import Schedule, generate
 
 if TYPE_CHECKING:
-    from reward import Reward
+    from sharpening.scoring import Reward
 
 
 @contextmanager
@@ -60,7 +60,7 @@ class Validation:
         schedule: Schedule,
         reward: "Reward",
     ) -> tuple[Tensor, dict[str, float]]:
-        """Images (V, 3, H, W) in [0, 1] of all prompts, and their mean reward with its standard error.
+        """Images (V, 3, H, W) in [0, 1] of all prompts, and the mean reward with its standard error of those scored.
 
         The noise is the same at every call, so that images of different steps can be compared.
 
@@ -84,7 +84,8 @@ class Validation:
                 rewards.append(reward.get_reward(images[-1], prompts))
         unet.train()
         scores = torch.cat(rewards)
-        metrics = {"validation/reward": float(scores.mean())}
+        scores = scores[~scores.isnan()]  # none has one only with --reward_failure=skip
+        metrics = {"validation/reward": float(scores.mean())} if len(scores) else {}
         if len(scores) > 1:
             metrics["validation/reward_standard_error"] = float(scores.std() / len(scores) ** 0.5)
         return torch.cat(images), metrics

@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from reward import CATALOGUE, CLIPScoreReward, Component, Reward, RewardError, load_reward, parse_reward_spec
+from reward import CATALOGUE, CLIPScoreReward, load_reward, parse_reward_spec
 from sharpening import shapes
 from sharpening.errors import UserError
+from sharpening.reward_spec import Component
+from sharpening.scoring import Reward, RewardError, RowsFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,6 +82,14 @@ def reward_of(scorer, name="mine"):
         (" shapes ", [("shapes", 1.0, "shapes")]),
         ("clip:0.01", [("clip", 0.01, "clip")]),
         ("clip:-2", [("clip", -2.0, "clip")]),
+        ("clip:ViT-H-14", [("clip", 1.0, "clip", "ViT-H-14")]),
+        ("clip:ViT-H-14/laion2b_s32b_b79k:0.5", [("clip", 0.5, "clip", "ViT-H-14/laion2b_s32b_b79k")]),
+        ("clip:hf-hub:owner/name:-1", [("clip", -1.0, "clip", "hf-hub:owner/name")]),
+        ("image_reward:some/where/it.pt", [("image_reward", 1.0, "image_reward", "some/where/it.pt")]),
+        ("mllm:gpt-4o-mini:2,clip", [("mllm", 2.0, "mllm", "gpt-4o-mini"), ("clip", 1.0, "clip")]),
+        ("clip:ViT-L-14,clip:ViT-H-14/x:2", [
+            ("clip:ViT-L-14", 1.0, "clip", "ViT-L-14"), ("clip:ViT-H-14-x", 2.0, "clip", "ViT-H-14/x"),
+        ]),
         ("clip : 1e-3 , shapes", [("clip", 1e-3, "clip"), ("shapes", 1.0, "shapes")]),
         ("{file}:redness", [("redness", 1.0, "{file}:redness")]),
         ("{file}:redness:0.5", [("redness", 0.5, "{file}:redness")]),
@@ -96,7 +106,9 @@ def reward_of(scorer, name="mine"):
 def test_spec(spec, expected, my_reward):
     file = str(my_reward)
     parsed = parse_reward_spec(spec.format(file=file))
-    assert parsed == [Component(name, weight, target.format(file=file)) for name, weight, target in expected]
+    assert parsed == [
+        Component(name, weight, target.format(file=file), *model) for name, weight, target, *model in expected
+    ]
 
 
 def test_spec_with_relative_path_and_home(my_reward, monkeypatch):
@@ -116,23 +128,22 @@ def test_spec_with_relative_path_and_home(my_reward, monkeypatch):
         ("clip,,shapes", "comma"),
         ("clop", "did you mean clip?"),
         ("CLIP", "did you mean clip?"),
-        ("jpeg", "give clip, jpeg_compressibility, shapes, or your own"),
+        ("jpeg", "jpeg_compressibility, shapes, or your own"),
         ("clip=0.5", "unknown"),
         ("0.5", "unknown"),
         ("0.5:clip", "unknown"),
         (":clip", "unknown"),
-        ("image_reward", "not available yet in this version; give clip, jpeg_compressibility, shapes"),
-        ("compositional:0.5", "not available yet"),
-        ("clip:1,mllm:2", "mllm is not available yet"),
         ("clip:0", "weight 0"),
         ("clip:-0.0", "weight -0.0"),
         ("clip:nan", "weight nan"),
         ("clip:inf", "weight inf"),
         ("clip:-Infinity", "weight -Infinity"),
         ("clip:", "nothing is not a number"),
-        ("clip:half", "half is not a number"),
-        ("clip:1:2", "1:2 is not a number"),
+        ("clip::1", ":1 is not a number"),
+        ("shapes:half", "half is not a number"),
+        ("shapes:1:2", "1:2 is not a number"),
         ("clip,clip", "names clip 2 times"),
+        ("clip:ViT-H-14,clip:ViT-H-14:2", "names clip:ViT-H-14 2 times"),
         ("clip:1,shapes,clip:2", "names clip 2 times"),
         ("{file}:redness,{file}:redness:2", "names redness 2 times"),
         ("{file}", "which function or class"),
@@ -452,7 +463,7 @@ def test_clip_equals_open_clip(tiny_clip):
 def test_clip_resizes_and_crops_as_published(height, width, tiny_clip):
     weights, _, preprocess = tiny_clip
     images = noise(2, height, width)
-    ours = CLIPScoreReward(f"{TINY}/{weights}").preprocess(images)
+    ours = CLIPScoreReward(f"{TINY}/{weights}").clip.preprocess(images)
     published = torch.stack([preprocess(picture) for picture in to_pil(images)])
     assert ours.shape == (2, 3, 224, 224)
     # PIL rounds to 1/255 after each of its two passes; a standard deviation is about 0.26.
@@ -463,8 +474,8 @@ def test_clip_resize_stays_in_range(tiny_clip):
     images = torch.zeros(1, 3, 100, 100)
     images[..., 50:] = 1.0
     reward = CLIPScoreReward(f"{TINY}/{tiny_clip[0]}")
-    mean, std = (torch.tensor(reward.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    restored = reward.preprocess(images) * std + mean
+    mean, std = (torch.tensor(reward.clip.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    restored = reward.clip.preprocess(images) * std + mean
     assert restored.min() > -1e-6 and restored.max() < 1 + 1e-6
 
 
@@ -485,7 +496,7 @@ def test_clip_ignores_autocast(tiny_clip):
 
 
 def uses_quick_gelu(reward):
-    (activation,) = {type(block.mlp.gelu).__name__ for block in reward.model.visual.transformer.resblocks}
+    (activation,) = {type(block.mlp.gelu).__name__ for block in reward.clip.model.visual.transformer.resblocks}
     return activation == "QuickGELU"
 
 
@@ -520,12 +531,12 @@ def test_clip_from_a_local_folder(tiny_clip, tmp_path):
     [
         ("ViT-L14/openai", "did you mean ViT-L-14?"),
         ("./weights.pt", "write NAME/WEIGHTS"),
-        ("ViT-H-14", "openai is neither an existing file nor the name of weights for ViT-H-14; open_clip has laion2b"),
+        ("ViT-H-14/openai", "openai is neither an existing file nor the name of weights for ViT-H-14; open_clip has"),
         ("ViT-L-14/nowhere/weights.pt", "nowhere/weights.pt is neither"),
         ("ViT-B-32/{weights}", "must be an open_clip state dict of ViT-B-32"),
         (TINY + "/{junk}", "must be an open_clip state dict"),
-        ("local-dir:/nowhere", "could not load --clip_model local-dir:/nowhere"),
-        ("local-dir:{empty}", "could not load --clip_model local-dir:"),
+        ("local-dir:/nowhere", "--clip_model local-dir:/nowhere could not be loaded"),
+        ("local-dir:{empty}", "could not be loaded"),
     ],
 )
 def test_bad_clip_model(clip_model, said, tiny_clip, tmp_path):
@@ -552,8 +563,232 @@ def test_clip_weights_that_cannot_be_downloaded(monkeypatch):
         load_reward("clip", cache_dir="elsewhere")
     assert asked == {"cache_dir": "elsewhere"}
     message = str(caught.value)
-    assert "--reward_model clip" in message and "--clip_model ViT-L-14/openai" in message
+    assert "--clip_model ViT-L-14/openai" in message
     assert "Name or service not known" in message and "give their path" in message and "\n" not in message
+
+
+# ------------------------------------------------------------------------------------- other rewards built on CLIP
+
+
+def test_clip_with_a_model_named_in_the_spec(tiny_clip):
+    weights, model, preprocess = tiny_clip
+    images = noise(4, 224, 224)
+    expected = directly(model, preprocess, to_pil(images), PROMPTS)
+    total, components = load_reward(f"clip:{TINY}/{weights}:0.5", clip_model="ViT-L-14/openai").score(images, PROMPTS)
+    torch.testing.assert_close(components["clip"], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(total, expected / 2, atol=1e-4, rtol=0)
+    twice = load_reward(f"clip:{TINY}/{weights},clip:{TINY}-quickgelu/{weights}").get_components(images, PROMPTS)
+    assert [name.partition("/")[0].split("-tmp")[0] for name in twice] == [f"clip:{TINY}-", f"clip:{TINY}-quickgelu-"]
+
+
+def test_model_without_weights_means_those_that_open_clip_lists_first(monkeypatch):
+    from sharpening.clip import parse_name
+
+    assert parse_name("--clip_model", "ViT-L-14") == ("ViT-L-14", "openai")
+    assert parse_name("--clip_model", "ViT-H-14") == ("ViT-H-14", "laion2b_s32b_b79k")
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (224, 100), (512, 512), (300, 460), (460, 300)])
+def test_hpsv2_is_the_cosine_of_the_padded_image(height, width, tiny_clip):
+    import open_clip
+
+    weights, model, _ = tiny_clip
+    preprocess = open_clip.image_transform(224, is_train=False, resize_mode="longest", interpolation="bicubic")
+    images = noise(4, height, width)
+    reward = load_reward(f"hpsv2:{TINY}={weights}")
+    if max(height, width) == 224:  # nothing is resized, so nothing is rounded
+        scores = reward.get_reward(images, PROMPTS)
+        expected = directly(model, preprocess, to_pil(images), PROMPTS) / 100
+        torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
+        assert scores.std() > 0.01
+    ours = reward._scorers[0].__self__.clip.preprocess(images, "longest")
+    published = torch.stack([preprocess(picture) for picture in to_pil(images)])
+    assert (ours - published).abs().max() < 2.5 / 255 / 0.26
+
+
+def test_hpsv2_reads_the_published_wrapping(tiny_clip, tmp_path):
+    weights, *_ = tiny_clip
+    torch.save({"epoch": 3, "state_dict": torch.load(weights)}, tmp_path / "HPS_v2.1_compressed.pt")
+    images = noise(4, 224, 224)
+    wrapped = load_reward(f"hpsv2:{TINY}={tmp_path}").get_reward(images, PROMPTS)
+    torch.testing.assert_close(wrapped, load_reward(f"hpsv2:{TINY}={weights}").get_reward(images, PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def aesthetic_head(tmp_path_factory):
+    """The published form of the aesthetic predictor's file, for embeddings of 32 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {0: (1024, 32), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    weights = {}
+    for index, (rows, columns) in sizes.items():
+        weights[f"layers.{index}.weight"] = torch.randn(rows, columns, generator=generator) * 2 / columns**0.5
+        weights[f"layers.{index}.bias"] = torch.randn(rows, generator=generator)
+    path = tmp_path_factory.mktemp("aesthetic") / "sac+logos+ava1-l14-linearMSE.pth"
+    torch.save(weights, path)
+    return path
+
+
+def test_aesthetic_is_the_published_stack_of_layers_on_the_unit_embedding(tiny_clip, aesthetic_head):
+    weights, model, preprocess = tiny_clip
+    images = noise(3, 224, 224)
+    with torch.no_grad():
+        features = torch.cat([model.encode_image(preprocess(picture)[None]) for picture in to_pil(images)])
+    value = features / features.norm(dim=-1, keepdim=True)
+    head = torch.load(aesthetic_head)
+    for index in (0, 2, 4, 6, 7):
+        value = value @ head[f"layers.{index}.weight"].T + head[f"layers.{index}.bias"]
+    for name in (aesthetic_head, aesthetic_head.parent):
+        reward = load_reward(f"aesthetic:{name}", aesthetic_clip=f"{TINY}/{weights}")
+        scores = reward.get_reward(images, ["x", "y", "z"])
+        torch.testing.assert_close(scores, value[:, 0], atol=1e-4, rtol=1e-4)
+    assert scores.std() > 0.01
+    torch.testing.assert_close(reward.get_reward(images, ["other", "", "z"]), scores)  # the prompt plays no part
+
+
+def test_aesthetic_refuses_another_file(tiny_clip, tmp_path):
+    torch.save({"layers.0.weight": torch.ones(1, 32)}, tmp_path / "part.pth")
+    with pytest.raises(UserError, match=r"aesthetic:.*part\.pth is not that predictor"):
+        load_reward(f"aesthetic:{tmp_path}/part.pth", aesthetic_clip=f"{TINY}/{tiny_clip[0]}")
+
+
+@pytest.fixture(scope="module")
+def tiny_pickscore(tmp_path_factory):
+    """A folder with a tiny random CLIPModel of transformers and its processor."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "scripts" / "tiny_sdxl" / "tokenizer")
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 77, **ids}
+    folder = tmp_path_factory.mktemp("pickscore")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = CLIPConfig(text_config=text, vision_config={**tower, "patch_size": 32}, projection_dim=32)
+        model = CLIPModel(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(10)
+    model.save_pretrained(folder)
+    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_pickscore_is_the_published_formula(tiny_pickscore):
+    from transformers import AutoModel, AutoProcessor
+
+    images = noise(4, 224, 224)
+    model, processor = AutoModel.from_pretrained(tiny_pickscore), AutoProcessor.from_pretrained(tiny_pickscore)
+    expected = []
+    for picture, prompt in zip(to_pil(images), PROMPTS, strict=True):
+        inputs = processor(
+            images=picture, text=prompt, padding=True, truncation=True, max_length=77, return_tensors="pt"
+        )
+        with torch.no_grad():
+            expected.append(model(**inputs).logits_per_image.item())
+    reward = load_reward(f"pickscore:{tiny_pickscore}")
+    scores = reward.get_reward(images, PROMPTS)
+    torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-4, rtol=0)
+    assert scores.std() > 0.1
+    alone = torch.cat([reward.get_reward(images[row : row + 1], PROMPTS[row]) for row in range(4)])
+    torch.testing.assert_close(alone, scores, atol=1e-4, rtol=0)
+    torch.testing.assert_close(reward.get_reward(to_pil(images), PROMPTS), scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("pickscore:/nowhere", "--reward_model pickscore:/nowhere could not be loaded"),
+        ("pickscore", "could not be loaded"),
+        ("hpsv2", "HPS_v2.1_compressed.pt of xswu/HPSv2 could not be had from the hub"),
+        ("hpsv2:./nowhere.pt", "there is no file ./nowhere.pt"),
+        ("aesthetic", "of camenduru/improved-aesthetic-predictor could not be had from the hub"),
+        ("aesthetic:{folder}", "holds no sac+logos+ava1-l14-linearMSE.pth"),
+        ("aesthetic:{folder}/junk.pt", "junk.pt is not a checkpoint"),
+        ("aesthetic:{folder}/list.pt", "list.pt holds no state dict"),
+        ("image_reward", "ImageReward.pt of THUDM/ImageReward could not be had from the hub"),
+        ("image_reward:word", "there is no file word"),
+        ("compositional", "--compositional_models attribute=PATH,spatial=PATH,non_spatial=PATH"),
+    ],
+)
+def test_checkpoint_that_cannot_be_had_is_one_sentence(spec, said, tmp_path):
+    (tmp_path / "junk.pt").write_bytes(b"not a checkpoint")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError) as caught:
+        load_reward(spec.format(folder=tmp_path))
+    message = str(caught.value)
+    assert "--reward_model" in message and said in message and "\n" not in message
+
+
+def test_checkpoint_never_runs_code(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        load_reward(f"aesthetic:{tmp_path}/evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------------- parts, skipping, options
+
+
+def test_parts_of_a_reward_are_reported_beside_it():
+    def both(images, prompts):
+        return images.mean((1, 2, 3)), {"height": torch.full((len(prompts),), 4.0)}
+
+    reward = Reward([Component("mine", 2.0, "")], [both])
+    total, values = reward.score(torch.ones(2, 3, 4, 4), ["a", "b"])
+    assert total.tolist() == [2.0, 2.0]
+    assert {name: value.tolist() for name, value in values.items()} == {"mine": [1.0, 1.0], "mine/height": [4.0, 4.0]}
+    for wrong in ((torch.zeros(2), {"x": torch.zeros(3)}), (torch.zeros(2), [1.0]), (torch.zeros(2), {"x": 1.0})):
+        with pytest.raises(RewardError, match="instead of"):
+            reward_of(lambda images, prompts, wrong=wrong: wrong).score(torch.ones(2, 3, 4, 4), ["a", "b"])
+
+
+def test_skipping_leaves_failed_rows_without_a_score_and_keeps_the_others(caplog):
+    def moody(images, prompts):
+        return torch.tensor([1.0, float("nan"), float("inf")])
+
+    def partial(images, prompts):
+        raise RowsFailed(torch.tensor([float("nan"), 2.0, 3.0]), {0: "the server slept"})
+
+    images, prompts = torch.zeros(3, 3, 4, 4), ["a", "b", "c"]
+    components = [Component("moody", 1.0, ""), Component("partial", 10.0, "")]
+    total, values = Reward(components, [moody, partial], "skip").score(images, prompts)
+    assert total.isnan().all()
+    assert values["moody"][0] == 1 and values["moody"][1:].isnan().all()
+    assert values["partial"][0].isnan() and values["partial"][1:].tolist() == [2.0, 3.0]
+    assert "returned nan, inf for 2 of 3 images" in caplog.text and "the server slept for 1 of 3" in caplog.text
+    with pytest.raises(RewardError, match="the server slept for 1 of 3 images") as caught:
+        Reward(components[1:], [partial]).score(images, prompts)
+    assert caught.value.rows == [0]
+    with pytest.raises(RewardError, match="ZeroDivisionError"):  # a mistake in a reward is not a failed image
+        Reward(components[:1], [lambda images, prompts: 1 / 0], "skip").score(images, prompts)
+
+
+def test_flags_reach_the_entry_whose_name_they_begin_with(monkeypatch):
+    import reward as module
+
+    seen = {}
+
+    class Entry:
+        def __init__(self, model="default", colour="red", cache_dir=None, base_url=None):
+            seen.update(model=model, colour=colour, cache_dir=cache_dir, base_url=base_url)
+
+        def get_reward(self, images, prompts):
+            return torch.zeros(len(prompts))
+
+    monkeypatch.setitem(module.CATALOGUE, "entry", Entry)
+    load_reward("entry", entry_colour="blue", clip_model="x", cache_dir="here", base_url=None)
+    assert seen == {"model": "default", "colour": "blue", "cache_dir": "here", "base_url": None}
+    load_reward("entry:a/b:0.5", entry_model="loses")
+    assert seen["model"] == "a/b"
+    with pytest.raises(TypeError, match="entry_size"):
+        load_reward("entry", entry_size=3)
 
 
 def test_every_entry_is_documented():

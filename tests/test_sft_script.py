@@ -238,9 +238,9 @@ def test_failed_push_leaves_the_pipeline_complete(train, flags, tmp_path, capsys
 def test_dropped_prompts_train_without_and_are_judged_with_their_caption(train, flags, tmp_path, monkeypatch):
     asked, seen = [], []
     (tmp_path / "mine.py").write_text("def listen(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    import reward
+    from sharpening.scoring import Reward
 
-    score, predict = reward.Reward.score, sdxl.predict_output
+    score, predict = Reward.score, sdxl.predict_output
 
     def record_score(self, images, prompts):
         asked.extend(prompts)
@@ -250,7 +250,7 @@ def test_dropped_prompts_train_without_and_are_judged_with_their_caption(train, 
         seen.append(condition.embeds.abs().sum((1, 2)))
         return predict(unet, x, t, condition)
 
-    monkeypatch.setattr(reward.Reward, "score", record_score)
+    monkeypatch.setattr(Reward, "score", record_score)
     monkeypatch.setattr(sdxl, "predict_output", record_predict)
     options = {"reward_model": f"{tmp_path}/mine.py:listen", "max_train_steps": 1}
     assert train(flags(**options, proportion_empty_prompts=1.0)) == 0

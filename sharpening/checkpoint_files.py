@@ -1,0 +1,73 @@
+"""Files of reward checkpoints, from a local path or from the hub, and what is wrong when they cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sharpening.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def find_checkpoint(flag: str, name: str, filename: str, cache_dir: str | None) -> Path:
+    """The file that `name` means: a local file, `filename` in a local folder, or on the hub.
+
+    On the hub `owner/repository` means its `filename`, `owner/repository/another_file` another file of it.
+
+    Args:
+        flag: what the user wrote, such as `--reward_model image_reward:NAME`, for the message.
+        name: local path or hub id.
+        filename: the file's published name.
+        cache_dir: where downloads are kept; None is the hub library's own choice.
+
+    Raises:
+        UserError: naming `flag`, if there is no such file or it cannot be downloaded.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / filename).is_file():
+            return path / filename
+        raise UserError(f"{flag}: the folder {name} holds no {filename}; give the path of the checkpoint itself")
+    owner, _, rest = name.partition("/")
+    repository, _, inside = rest.partition("/")
+    if not repository or name.startswith((".", "/", "~")):
+        raise UserError(f"{flag}: there is no file {name}; give a checkpoint's path, or a hub id owner/repository")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", inside or filename, cache_dir=cache_dir))
+    except Exception as error:
+        raise UserError(
+            f"{flag}: {inside or filename} of {owner}/{repository} could not be had from the hub "
+            f"({first_line(error)}); check the name and the connection, or download it elsewhere and give its path"
+        ) from error
+
+
+def read_state_dict(flag: str, path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint (.pt, .pth, .bin or .safetensors), without executing anything it may hold.
+
+    A checkpoint that keeps them under `state_dict` or `model`, beside its optimizer, is unwrapped.
+
+    Raises:
+        UserError: naming `flag` and the file.
+    """
+    import torch
+
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{flag}: {path} is not a checkpoint ({first_line(error)}); download it again") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{flag}: {path} holds no state dict; give the weights alone, as torch.save(state_dict)")
+    return content

@@ -1,0 +1,48 @@
+"""What reward models want: images resized, cropped or padded, and normalized, as tensors throughout; and a dtype."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess(
+    images: Tensor,
+    size: int | tuple[int, int],
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest",
+    interpolation: str = "bicubic",
+    fill: float = 0.0,
+) -> Tensor:
+    """Images `(B, 3, H, W)` in [0, 1] as `(B, 3, *size)`, normalized by `mean` and `std`.
+
+    "shortest" fits the shorter side and crops the centre, "longest" fits the longer side and pads with `fill` (in
+    [0, 1]) around it, "squash" changes the aspect ratio. Antialiased, and clamped to [0, 1] after the resize: the
+    published paths resize 8-bit images, which cannot overshoot at edges as a bicubic filter on floats does. PIL also
+    rounds to 8 bits, twice; `tests/test_reward.py` bounds the difference.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = [height, width]
+    if resize_mode == "shortest":
+        shape = [min(height, width)]  # one number: of the shorter side
+    elif resize_mode == "longest":
+        scale = min(height / images.shape[2], width / images.shape[3])
+        shape = [max(1, round(side * scale)) for side in images.shape[2:]]
+    images = F.resize(images, shape, interpolation=InterpolationMode(interpolation), antialias=True).clamp(0, 1)
+    if resize_mode == "longest":
+        vertical, horizontal = height - images.shape[2], width - images.shape[3]
+        borders = [horizontal // 2, vertical // 2, horizontal - horizontal // 2, vertical - vertical // 2]
+        images = F.pad(images, borders, fill=fill)
+    return F.normalize(F.center_crop(images, [height, width]), list(mean), list(std))
+
+
+def device_dtype(device: str | torch.device, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a reward model runs in: float32 on the CPU, or when none is asked for."""
+    return torch.float32 if dtype is None or torch.device(device).type == "cpu" else dtype
