@@ -269,6 +269,8 @@ class PickScoreReward:
         try:
             self.clip = CLIPModel.from_pretrained(model, dtype=self.dtype, cache_dir=cache_dir)
             processor = CLIPProcessor.from_pretrained(model if local else self.PROCESSOR, cache_dir=cache_dir)
+            if processor.tokenizer.vocab_size < 10:  # what transformers makes, without a word, when it finds no files
+                raise OSError("its tokenizer has no vocabulary")
         except Exception as error:
             raise UserError(
                 f"--reward_model pickscore:{model} could not be loaded ({first_line(error)}); check the name and the "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from sharpening.checkpoint_files import find_checkpoint, read_state_dict
-from sharpening.errors import UserError, first_line
+from sharpening.errors import UserError
 from sharpening.preprocessing import device_dtype, preprocess
 
 # Mean and standard deviation of the raw scores on the training prompts, as published with the weights.
@@ -172,14 +172,13 @@ class ImageRewardScorer:
                 f"{flag}: {path} is no checkpoint of ImageReward's architecture: {error}; give the published "
                 "ImageReward.pt, or one trained by its scripts"
             ) from error
-        vocabulary = path.parent if (path.parent / "vocab.txt").is_file() else VOCABULARY
-        try:
-            self.tokenizer = BertTokenizer.from_pretrained(str(vocabulary), cache_dir=cache_dir)
-        except Exception as error:
-            raise UserError(
-                f"{flag}: the vocabulary of {VOCABULARY} could not be had ({first_line(error)}); check the "
-                f"connection, or put its vocab.txt beside {path}"
-            ) from error
+        vocabulary = path.with_name("vocab.txt")
+        if not vocabulary.is_file():
+            vocabulary = find_checkpoint(f"{flag} (or put a vocab.txt beside it)", VOCABULARY, "vocab.txt", cache_dir)
+        # BLIP's own two tokens only matter to a prompt that spells them out, and to the size of the table.
+        self.tokenizer = BertTokenizer.from_pretrained(
+            str(vocabulary.parent), bos_token="[DEC]", additional_special_tokens=["[ENC]"]
+        )
         rows = self.network.text.config.vocab_size
         if len(self.tokenizer) > rows:
             raise UserError(

@@ -38,7 +38,13 @@ class Source:
         optional = {"subfolder": subfolder, "variant": self.variant if "dtype" in options else None}
         options |= {name: value for name, value in optional.items() if value is not None}
         try:
-            return model_class.from_pretrained(self.name, revision=self.revision, cache_dir=self.cache_dir, **options)
+            loaded = model_class.from_pretrained(
+                self.name, revision=self.revision, cache_dir=self.cache_dir, **options
+            )
+            if issubclass(model_class, CLIPTokenizer) and loaded.vocab_size < 10:
+                # transformers makes an empty tokenizer, without a word, when it finds no files or no connection.
+                raise OSError("it has no vocabulary")
+            return loaded
         except (OSError, ValueError, RuntimeError) as error:
             part = f"{self.name}/{subfolder}" if subfolder else self.name
             reason = " ".join(str(error).split())[:300]

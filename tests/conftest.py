@@ -16,6 +16,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+from tests import tiny_rewards
+from tests.grader_server import GraderServer
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = "train_sft_diffusion_sharpening_sdxl.py"
 
@@ -30,6 +33,39 @@ def world(tmp_path_factory):
     build_random_sdxl(root / "model")
     write_dataset(root / "shapes", num_images=12, seed=0)
     return SimpleNamespace(root=root, model=root / "model", shapes=root / "shapes", cache=root / "cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A random open_clip model: its state dict on disk, the model itself and its own preprocessing."""
+    folder = tmp_path_factory.mktemp("clip")
+    yield tiny_rewards.write_clip(folder)
+    tiny_rewards.forget_clip(folder)
+
+
+@pytest.fixture(scope="session")
+def aesthetic_head(tmp_path_factory):
+    return tiny_rewards.write_aesthetic_head(tmp_path_factory.mktemp("aesthetic"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pickscore(tmp_path_factory):
+    return tiny_rewards.write_pickscore(tmp_path_factory.mktemp("pickscore"))
+
+
+@pytest.fixture(scope="session")
+def tiny_image_reward(tmp_path_factory):
+    return tiny_rewards.write_image_reward(tmp_path_factory.mktemp("image_reward"))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A grader at `server.base_url`, without any key in the environment and with short pauses between retries."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+    with GraderServer() as server:
+        yield server
 
 
 @pytest.fixture

@@ -15,18 +15,9 @@ from reward import load_reward
 from sharpening.errors import UserError
 from sharpening.grader import BadReplyError, Grades, read_grades
 from sharpening.scoring import RewardError
-from tests.grader_server import ASPECTS, Action, GraderServer, grades
+from tests.grader_server import ASPECTS, Action, grades
 
 KEY = "sk-planted-grader-key-4711"
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
-    with GraderServer() as server:
-        yield server
 
 
 @pytest.fixture

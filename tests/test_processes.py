@@ -14,6 +14,8 @@ from conftest import ROOT, SCRIPT, launcher_words, metrics, same_files
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from tests.grader_server import Action
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 # Runs the real script on every rank and compares the weights of the ranks before their group is dissolved.
@@ -125,15 +127,22 @@ def test_resume_through_accelerate_launch_is_exact(launch, flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_planted_keys_reach_no_file_and_no_output(launch, flags, tmp_path):
+def test_planted_keys_reach_no_file_and_no_output(launch, flags, tmp_path, server):
     secrets = ["sk-PLANTED-one", "hf_PLANTED_two"]
     options = {"report_to": "all", "checkpointing_steps": 1, "branch_image_steps": 1, "push_to_hub": True}
     options |= {"cache_dir": tmp_path / "cache", "validation_prompt": "a red circle on a white background"}
+    # The grader's key is really used, and its endpoint repeats it in an error.
+    server.plan["a red circle on a white background"] = [Action(status=400, error=f"bad image for {secrets[0]}")]
+    options |= {"reward_model": "shapes,mllm", "base_url": server.base_url, "reward_failure": "skip"}
+    options |= {"validation_steps": 1}
     command = [*flags(**options), "--api_key", secrets[0], f"--hub_token={secrets[1]}"]
     result = launch(command, cwd=tmp_path)
     assert result.returncode == 2  # the push fails without a network, after everything else was written
     assert "--push_to_hub failed" in result.stderr
+    assert {request["headers"]["authorization"] for request in server.requests} == {f"Bearer {secrets[0]}"}
+    assert "bad image for ***" in result.stdout + result.stderr
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("mllm_grades" in str(path) for path in written)
     (wandb_run,) = [path for path in written if path.suffix == ".wandb"]
     assert b"reward/best" in wandb_run.read_bytes() and b"reward/component/shapes" in wandb_run.read_bytes()
     assert any(path.name.startswith("events") for path in written)

@@ -92,6 +92,7 @@ CASES = {
         ["--pretrained_model_name_or_path", "UNet2DConditionModel", "check the name"],
     ),
     "model without scheduler": (model_without("scheduler", None), ["scheduler/scheduler_config.json"]),
+    "model without tokenizer": (model_without("tokenizer", None), ["/tokenizer", "no vocabulary", "check the name"]),
     "model without text encoder": (model_without("text_encoder", None), ["text_encoder", "check the name"]),
     "missing VAE": ({"pretrained_vae_model_name_or_path": "./vae"}, ["--pretrained_vae_model_name_or_path ./vae"]),
     "missing reward VAE": ({"reward_vae": "./taesd"}, ["--reward_vae ./taesd", "does not exist"]),
@@ -111,7 +112,22 @@ CASES = {
     ),
     "bias without effect": ({"timestep_bias_strategy": "later"}, ["--timestep_bias_strategy=later", "multiplier"]),
     "unknown reward": ({"reward_model": "clipp"}, ["--reward_model", "clip"]),
-    "reward of a later version": ({"reward_model": "image_reward"}, ["--reward_model", "image_reward"]),
+    "reward weights out of reach": ({"reward_model": "image_reward"}, ["--reward_model", "THUDM/ImageReward", "hub"]),
+    "mllm without a key": ({"reward_model": "mllm"}, ["OPENAI_API_KEY"]),
+    "mllm out of reach": (
+        {"reward_model": "mllm", "base_url": "http://127.0.0.1:9/v1"},
+        ["http://127.0.0.1:9/v1", "cannot be reached", "--base_url"],
+    ),
+    "unknown template": ({"reward_model": "mllm", "mllm_template": "nice"}, ["--mllm_template nice", "five_aspects"]),
+    "no call allowed": ({"mllm_max_calls": 0}, ["--mllm_max_calls is 0", "at least 1"]),
+    "no time for a call": ({"mllm_timeout": 0}, ["--mllm_timeout is 0", "above 0"]),
+    "negative retries": ({"mllm_max_retries": -1}, ["--mllm_max_retries is -1"]),
+    "compositional without models": ({"reward_model": "compositional"}, ["--compositional_models", "PATH"]),
+    "weights that do not match": (
+        {"reward_model": "compositional", "compositional_models": "a=x,b=y", "compositional_weights": "1"},
+        ["--compositional_weights 1", "2 numbers"],
+    ),
+    "missing checkpoint of a reward": ({"reward_model": "image_reward:./no.pt"}, ["image_reward:./no.pt", "no file"]),
     "weight that is no number": ({"reward_model": "shapes:much"}, ["--reward_model", "much"]),
     "missing reward file": ({"reward_model": "./nothing.py:score"}, ["--reward_model", "nothing.py"]),
     "reward file without that name": (reward_file("other = 1"), ["--reward_model", "score"]),
@@ -150,6 +166,8 @@ CASES = {
 def test_refused_in_one_sentence(case, train, flags, world, tmp_path, capsys, request, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     changes, expected = CASES[case]
     if callable(changes):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from sharpening import shapes
 from sharpening.errors import UserError
 from sharpening.reward_spec import Component
 from sharpening.scoring import Reward, RewardError, RowsFailed
+from tests.tiny_rewards import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -399,37 +401,7 @@ def test_shapes():
 
 # -------------------------------------------------------------------------------------------------------------- CLIP
 
-TINY = "tiny-clip-for-tests"
 PROMPTS = ["a red circle", "two dogs on a beach, oil painting", "", "a red circle"]
-
-
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory):
-    """An open_clip model of three million random weights: its state dict on disk, and the model itself."""
-    import open_clip
-
-    folder = tmp_path_factory.mktemp("clip")
-    config = {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-    }
-    (folder / f"{TINY}.json").write_text(json.dumps(config))
-    (folder / f"{TINY}-quickgelu.json").write_text(json.dumps({**config, "quick_gelu": True}))
-    open_clip.add_model_config(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model, _, preprocess = open_clip.create_model_and_transforms(TINY)
-        # Random towers embed everything in nearly the same place: larger weights make the scores differ.
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("weight") and parameter.ndim == 2 and "embedding" not in name:
-                    parameter.mul_(4)
-    torch.save(model.state_dict(), folder / "weights.pt")
-    yield folder / "weights.pt", model.eval(), preprocess
-    open_clip.factory._MODEL_CONFIG_PATHS.remove(folder)
-    for name in (TINY, f"{TINY}-quickgelu"):
-        open_clip.factory._MODEL_CONFIGS.pop(name)
 
 
 def directly(model, preprocess, pictures, prompts):
@@ -614,20 +586,6 @@ def test_hpsv2_reads_the_published_wrapping(tiny_clip, tmp_path):
     torch.testing.assert_close(wrapped, load_reward(f"hpsv2:{TINY}={weights}").get_reward(images, PROMPTS))
 
 
-@pytest.fixture(scope="module")
-def aesthetic_head(tmp_path_factory):
-    """The published form of the aesthetic predictor's file, for embeddings of 32 numbers."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = {0: (1024, 32), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
-    weights = {}
-    for index, (rows, columns) in sizes.items():
-        weights[f"layers.{index}.weight"] = torch.randn(rows, columns, generator=generator) * 2 / columns**0.5
-        weights[f"layers.{index}.bias"] = torch.randn(rows, generator=generator)
-    path = tmp_path_factory.mktemp("aesthetic") / "sac+logos+ava1-l14-linearMSE.pth"
-    torch.save(weights, path)
-    return path
-
-
 def test_aesthetic_is_the_published_stack_of_layers_on_the_unit_embedding(tiny_clip, aesthetic_head):
     weights, model, preprocess = tiny_clip
     images = noise(3, 224, 224)
@@ -651,29 +609,6 @@ def test_aesthetic_refuses_another_file(tiny_clip, tmp_path):
         load_reward(f"aesthetic:{tmp_path}/part.pth", aesthetic_clip=f"{TINY}/{tiny_clip[0]}")
 
 
-@pytest.fixture(scope="module")
-def tiny_pickscore(tmp_path_factory):
-    """A folder with a tiny random CLIPModel of transformers and its processor."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "scripts" / "tiny_sdxl" / "tokenizer")
-    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 77, **ids}
-    folder = tmp_path_factory.mktemp("pickscore")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = CLIPConfig(text_config=text, vision_config={**tower, "patch_size": 32}, projection_dim=32)
-        model = CLIPModel(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(10)
-    model.save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
-    return folder
-
-
 def test_pickscore_is_the_published_formula(tiny_pickscore):
     from transformers import AutoModel, AutoProcessor
 
@@ -693,6 +628,14 @@ def test_pickscore_is_the_published_formula(tiny_pickscore):
     alone = torch.cat([reward.get_reward(images[row : row + 1], PROMPTS[row]) for row in range(4)])
     torch.testing.assert_close(alone, scores, atol=1e-4, rtol=0)
     torch.testing.assert_close(reward.get_reward(to_pil(images), PROMPTS), scores, atol=1e-4, rtol=0)
+
+
+def test_pickscore_without_its_tokenizer_is_refused(tiny_pickscore, tmp_path):
+    """transformers would tokenize every prompt alike."""
+    shutil.copytree(tiny_pickscore, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="its tokenizer has no vocabulary"):
+        load_reward(f"pickscore:{tmp_path}/model")
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,28 @@ def test_two_pass_gradient_equals_autograd_of_the_whole_objective(double_pipelin
     assert (ours - gradient(unet)).norm() <= 1e-10 * gradient(unet).norm()
 
 
+def test_prompt_without_any_score_carries_no_gradient(pipeline):
+    """The other prompt's gradient is what it is beside a prompt that has scores: the divisor stays the batch."""
+    n, m = 1, 3
+    unet, condition, x_0, eps, t = problem(pipeline, 2, n, torch.float32, torch.tensor([400, 900]))
+    predict = sdxl.branch_model(unet, condition, None, 1.0)[0]
+    first = sdxl.branch_model(unet, condition.rows(torch.tensor([0])), None, 1.0)[0]
+    schedule = Schedule.from_config(pipeline.scheduler.config, 25)
+    x_t, active = schedule.add_noise(x_0, eps, t), torch.ones(2, m, dtype=torch.bool)
+    active[1] = False
+
+    def gradient_of(predict, rows, active):
+        unet.zero_grad(set_to_none=False)
+        losses = sft_losses(OPTIONS, predict, None, schedule, x_t[rows], t[rows], x_0[rows], eps[rows], active)
+        sum(losses).backward()
+        return gradient(unet)
+
+    both, alone = gradient_of(predict, slice(2), active), gradient_of(first, slice(1), active[:1])
+    assert both.isfinite().all() and both.norm() > 0
+    assert (2 * both - alone).norm() < 1e-5 * alone.norm()
+    assert gradient_of(predict, slice(2), torch.zeros(2, m, dtype=torch.bool)).abs().max() == 0
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_one_branch_of_one_step_is_standard_fine_tuning(pipeline, prediction_type, snr_gamma):

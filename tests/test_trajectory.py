@@ -159,6 +159,26 @@ def test_selection_by_hand():
     assert select(torch.ones(1, 3, 2), torch.ones(1, 3, 2, dtype=torch.bool)).tied.tolist() == [True]
 
 
+def test_branch_without_a_score_is_never_chosen():
+    nan = float("nan")
+    rewards = torch.tensor(
+        [
+            [[9.0, nan], [1.0, 2.0], [3.0, 4.0]],  # the best-looking branch lacks one score
+            [[-9.0, nan], [1.0, 2.0], [3.0, 4.0]],  # so does the worst-looking one
+            [[nan, nan], [-7.0, -7.0], [nan, 0.0]],  # one branch left
+            [[nan, nan], [nan, 1.0], [1.0, nan]],  # none left
+            [[1.0, nan], [2.0, nan], [0.5, nan]],  # what is not active may be anything
+        ]
+    )
+    active = torch.ones(5, 3, 2, dtype=torch.bool)
+    active[4, :, 1] = False
+    chosen = select(rewards, active)
+    assert chosen.scored.tolist() == [[False, True, True]] * 2 + [[False, True, False], [False] * 3, [True] * 3]
+    assert chosen.best[[0, 1, 2, 4]].tolist() == [2, 2, 1, 1]
+    assert chosen.worst[[0, 1, 2, 4]].tolist() == [1, 1, 1, 2]
+    assert chosen.tied.tolist() == [False, False, True, False, False]
+
+
 def test_permuting_prompts_permutes_choices():
     rewards = torch.randn(4, 3, 5) + torch.arange(4).view(4, 1, 1) * 100  # one prompt outbids all others
     active = torch.ones(4, 3, 5, dtype=torch.bool)
