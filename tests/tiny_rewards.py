@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from tests.image_reward_weights import seeded_state_dict, write_vocab
+
 TINY = "tiny-clip-for-tests"  # open_clip's name for the architecture of `write_clip`
 
 
@@ -41,10 +43,10 @@ def forget_clip(folder):
         open_clip.factory._MODEL_CONFIGS.pop(name)
 
 
-def write_aesthetic_head(folder):
-    """The aesthetic predictor's file, for embeddings of 32 numbers."""
+def write_aesthetic_head(folder, width=32):
+    """The aesthetic predictor's file, for embeddings of `width` numbers; the published one has 768."""
     generator = torch.Generator().manual_seed(0)
-    sizes = {0: (1024, 32), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    sizes = {0: (1024, width), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
     weights = {}
     for index, (rows, columns) in sizes.items():
         weights[f"layers.{index}.weight"] = torch.randn(rows, columns, generator=generator) * 2 / columns**0.5
@@ -54,17 +56,22 @@ def write_aesthetic_head(folder):
     return path
 
 
-def write_pickscore(folder):
-    """A folder with a CLIPModel of transformers and its processor."""
+def write_pickscore(folder, size="tiny"):
+    """A folder with a random CLIPModel of transformers, "tiny" or, as ViT-H-14, "full", and its processor."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(Path(__file__).parents[1] / "scripts" / "tiny_sdxl" / "tokenizer")
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision, projection = {**tower, "patch_size": 32}, 32
+    if size == "full":
+        tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+        vision, projection = {**vision, "patch_size": 14}, 1024
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 77, **ids}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config={**tower, "patch_size": 32}, projection_dim=32))
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:
@@ -76,8 +83,6 @@ def write_pickscore(folder):
 
 def write_image_reward(folder, variant=0):
     """`ImageReward.pt` and `vocab.txt`, with the keys of the real package; variants have weights of their own."""
-    from tests.image_reward_weights import write_vocab
-
     weights = image_reward_weights("tiny")
     weights["mlp.layers.0.weight"] = weights["mlp.layers.0.weight"].roll(variant, 1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,8 +93,6 @@ def write_image_reward(folder, variant=0):
 
 def image_reward_weights(size):
     """The state dict of the real package's "tiny" or "full" model, with the seeded weights that it scored."""
-    from tests.image_reward_weights import seeded_state_dict
-
     entries = golden_image_reward()[size]["state_dict"].items()
     arrays = seeded_state_dict({name: shape for name, (dtype, shape) in entries if dtype == "float32"})
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
