@@ -283,16 +283,19 @@ class PickScoreReward:
         import torch
         from torch.nn.functional import normalize
 
-        from sharpening.preprocessing import preprocess
+        from sharpening.preprocessing import in_slices, preprocess
 
         config = self.image_processor
         pixels = preprocess(images.to(self.device), config.crop_size["height"], config.image_mean, config.image_std)
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         with torch.autocast(self.device.type, enabled=False):
-            image_features = self.clip.get_image_features(pixels.to(self.dtype)).pooler_output.float()
+            image_features = in_slices(self._embed, pixels.to(self.dtype)).float()
             text_features = self.clip.get_text_features(**tokens.to(self.device)).pooler_output.float()
         cosine = (normalize(image_features, dim=-1) * normalize(text_features, dim=-1)).sum(dim=-1)
         return self.clip.logit_scale.float().exp() * cosine
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        return self.clip.get_image_features(pixels).pooler_output
 
 
 class HPSv2Reward:

@@ -26,7 +26,8 @@ STATE_FILE = "state.json"  # written last: a checkpoint without it is incomplete
 # Flags that decide which draws a step sees or what it computes: changing one makes a resumed run another run.
 IDENTITY_FLAGS = (
     "train_batch_size", "gradient_accumulation_steps", "num_noisy_latents", "trajectory_nums", "infer_steps",
-    "resolution", "reward_model", "learning_rate", "lr_scheduler", "max_train_samples",
+    "resolution", "reward_model", "clip_model", "aesthetic_clip", "compositional_models", "compositional_weights",
+    "mllm_model", "mllm_template", "mllm_score", "learning_rate", "lr_scheduler", "max_train_samples",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sharpening.errors import UserError, did_you_mean, first_line
-from sharpening.preprocessing import device_dtype, preprocess
+from sharpening.preprocessing import device_dtype, in_slices, preprocess
 
 
 class OpenCLIP:
@@ -76,7 +76,7 @@ class OpenCLIP:
         """Unit embeddings `(B, D)` float32 of images `(B, 3, H, W)` in [0, 1]."""
         pixels = self.preprocess(images.to(self.device), resize_mode)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return normalize(self.model.encode_image(pixels.to(self.dtype)).float(), dim=-1)
+            return normalize(in_slices(self.model.encode_image, pixels.to(self.dtype)).float(), dim=-1)
 
     def embed_prompts(self, prompts: list[str]) -> Tensor:
         """Unit embeddings `(B, D)` float32; each distinct prompt is embedded once."""

@@ -13,13 +13,12 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from sharpening.checkpoint_files import find_checkpoint, read_state_dict
 from sharpening.errors import UserError
-from sharpening.preprocessing import device_dtype, preprocess
+from sharpening.preprocessing import device_dtype, in_slices, preprocess
 
 # Mean and standard deviation of the raw scores on the training prompts, as published with the weights.
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 VOCABULARY = "google-bert/bert-base-uncased"
-CPU_SLICE = 4  # images per forward on a CPU: the activations of more leave its caches, and each one gets slower
 HEAD_WIDTH = 64  # of an attention head, in both towers and in every published size
 
 # Left: name in a published checkpoint. Right: name in this module.
@@ -196,9 +195,5 @@ class ImageRewardScorer:
         tokens = self.tokenizer(
             prompts, padding="longest", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)
-        size = CPU_SLICE if self.device.type == "cpu" else len(prompts)
-        inputs = (pixels.to(self.dtype), tokens.input_ids, tokens.attention_mask)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return torch.cat(
-                [self.network(*rows) for rows in zip(*(part.split(size) for part in inputs), strict=True)]
-            )
+            return in_slices(self.network, pixels.to(self.dtype), tokens.input_ids, tokens.attention_mask)

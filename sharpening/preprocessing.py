@@ -1,6 +1,6 @@
 """What reward models want: images resized, cropped or padded, and normalized, as tensors throughout; and a dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from torchvision.transforms import functional as F
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CPU_SLICE = 4  # rows per forward on the CPU: the activations of more leave its caches, and every row gets slower
 
 
 def preprocess(
@@ -41,6 +42,12 @@ def preprocess(
         borders = [horizontal // 2, vertical // 2, horizontal - horizontal // 2, vertical - vertical // 2]
         images = F.pad(images, borders, fill=fill)
     return F.normalize(F.center_crop(images, [height, width]), list(mean), list(std))
+
+
+def in_slices(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`network(*inputs)` for inputs of B rows each: whole on a GPU, a few rows at a time on the CPU."""
+    size = CPU_SLICE if inputs[0].device.type == "cpu" else len(inputs[0])
+    return torch.cat([network(*rows) for rows in zip(*(part.split(size) for part in inputs), strict=True)])
 
 
 def device_dtype(device: str | torch.device, dtype: torch.dtype | None) -> torch.dtype:

@@ -17,7 +17,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
@@ -186,12 +185,9 @@ def any_rank(accelerator: Accelerator, value: int) -> int:
 
 def finish(accelerator: Accelerator) -> None:
     """End trackers and the process group; every rank must call it."""
+    # The group is destroyed under the interpreter's lock, which gloo's workers need once more to release the tensors
+    # of a gather. This wait, which holds no lock, lets them: destroyed right after a gather, the group would hang.
     accelerator.wait_for_everyone()
-    for model in accelerator._models:
-        if isinstance(model, DistributedDataParallel):
-            # Its reducer must go before the group does. Were it the last to hold a gloo group, the group would be
-            # destroyed under the interpreter's lock, joining a worker thread that may be waiting for that very lock.
-            del model.logger, model.reducer
     accelerator.end_training()
 
 

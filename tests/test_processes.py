@@ -34,6 +34,7 @@ def compare(self):
     digests = [None] * self.num_processes
     torch.distributed.all_gather_object(digests, digest.hexdigest())
     print(f"RANKS {len(digests)} DISTINCT {len(set(digests))}", flush=True)
+    self.wait_for_everyone()  # see run.finish
     end_training(self)
 
 Accelerator.end_training = compare
