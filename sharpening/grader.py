@@ -260,7 +260,7 @@ class Grader:
             raise
 
     def _redacted(self, error: object) -> str:
-        """An error on one line, without the key, which some endpoints repeat in theirs."""
+        """An error on one line, or a text, without the key, which some endpoints repeat in theirs."""
         text = first_line(error) if isinstance(error, BaseException) else str(error)
         return text.replace(self._api_key, "***") if self._api_key != "none" else text
 
@@ -282,7 +282,7 @@ class Grader:
         if self.cache_dir is None:
             return
         path = self.cache_dir / key[:2] / f"{key}.json"
-        entry = {"model": self.model, "prompt": prompt, "overall": grades.overall, "reply": reply}
+        entry = {"model": self.model, "prompt": prompt, "overall": grades.overall, "reply": self._redacted(reply)}
         partial = path.with_suffix(f".{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def make_accelerator(args: Namespace) -> Accelerator:
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
-    for noisy in ("accelerate", "httpx", "datasets"):
+    for noisy in ("accelerate", "httpx", "httpx2", "openai", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -299,6 +299,7 @@ def test_grades_are_remembered_by_image_prompt_model_and_template(server, grader
 
 def test_cache_never_keeps_failures_and_survives_damage(server, grader, tmp_path):
     server.plan["bad"] = [Action(None, refusal="no")]
+    server.default = Action(f"{KEY} is your key. {grades()}")
     grader("skip", api_key=KEY).get_reward(pictures(2), ["bad", "good"])
     (file,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
     entry = json.loads(file.read_text())

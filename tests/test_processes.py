@@ -142,6 +142,7 @@ def test_planted_keys_reach_no_file_and_no_output(launch, flags, tmp_path, serve
     assert "--push_to_hub failed" in result.stderr
     assert {request["headers"]["authorization"] for request in server.requests} == {f"Bearer {secrets[0]}"}
     assert "bad image for ***" in result.stdout + result.stderr
+    assert "HTTP Request" not in result.stdout + result.stderr  # a line for each request would drown all others
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any("mllm_grades" in str(path) for path in written)
     (wandb_run,) = [path for path in written if path.suffix == ".wandb"]
