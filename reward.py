@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -323,7 +324,7 @@ class HPSv2Reward:
         from sharpening.clip import OpenCLIP
 
         flag = f"--reward_model hpsv2:{model}"
-        architecture, _, name = model.rpartition("=")
+        architecture, name = _named(model)
         path = find_checkpoint(flag, name, "HPS_v2.1_compressed.pt", cache_dir)
         self.clip = OpenCLIP(flag, f"{architecture or 'ViT-H-14'}/{path}", device, dtype, cache_dir)
 
@@ -426,6 +427,12 @@ def _to_uint8(images: Tensor) -> np.ndarray:
     return (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def _named(entry: str) -> tuple[str, str]:
+    """`NAME=PATH` as both, or a path alone, with an empty name: a path may hold = itself, a name no slash."""
+    name, separator, path = entry.partition("=")
+    return (name, path) if separator and "/" not in name else ("", entry)
+
+
 def parse_compositional(models: str | None, weights: str | None) -> tuple[list[float], dict[str, str]]:
     """The weights and the paths by name (the name of a path alone is empty) of CompositionalReward's flags."""
     if not models:
@@ -433,7 +440,7 @@ def parse_compositional(models: str | None, weights: str | None) -> tuple[list[f
             "--reward_model compositional has no published weights to fall back on; name your checkpoints with "
             "--compositional_models attribute=PATH,spatial=PATH,non_spatial=PATH, or one as compositional:PATH"
         )
-    pairs = [entry.strip().rpartition("=")[::2] for entry in models.split(",")]
+    pairs = [_named(entry.strip()) for entry in models.split(",")]
     paths = dict(pairs)
     if not all(paths.values()) or len(paths) != len(pairs) or (len(pairs) > 1 and "" in paths):
         raise UserError(
@@ -443,7 +450,7 @@ def parse_compositional(models: str | None, weights: str | None) -> tuple[list[f
         factors = [float(weight) for weight in weights.split(",")] if weights else [1.0] * len(paths)
     except ValueError:
         factors = []
-    if len(factors) != len(paths):
+    if len(factors) != len(paths) or not all(map(math.isfinite, factors)):
         raise UserError(f"--compositional_weights {weights} must be {len(paths)} numbers, one for each of {models}")
     return factors, paths
 
@@ -491,6 +498,11 @@ def load_reward(
         if not any(option in inspect.signature(kind).parameters for kind, option in _takers(flag)):
             raise TypeError(f"load_reward() got {flag}, which no reward takes")
     components = parse_reward_spec(spec)
+    graders, cap = sum(component.target == "mllm" for component in components), flags.get("mllm_max_calls")
+    if graders > 1 and cap is not None:  # the cap is for all of them
+        if cap < graders:
+            raise UserError(f"--mllm_max_calls is {cap}, but {graders} graders share it; raise it")
+        flags["mllm_max_calls"] = cap // graders
     return Reward(components, [_load_scorer(component, flags) for component in components], failure)
 
 

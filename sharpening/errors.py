@@ -12,9 +12,10 @@ class UserError(Exception):
     """
 
 
-def first_line(error: BaseException) -> str:
-    """An exception on one line: state-dict mismatches, for one, run to hundreds."""
-    lines = str(error).strip().splitlines() or ["no message"]
+def first_line(error: BaseException, secret: str | None = None) -> str:
+    """An exception on one line: state-dict mismatches, for one, run to hundreds. A `secret` in it becomes ***."""
+    text = str(error).replace(secret, "***") if secret else str(error)  # before a cut could leave half of it
+    lines = text.strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0][:300].rstrip(':;,. ')}"
 
 

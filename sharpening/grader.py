@@ -17,8 +17,10 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 from collections.abc import Coroutine
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,6 +81,28 @@ class CallsSpent(BaseException):
     """The cap is reached. Not an Exception, because the SDK would take one for a broken connection and try again."""
 
 
+@dataclass
+class Tries:
+    """How many requests one image may still cost."""
+
+    left: int
+
+
+class BoundedClient(openai.DefaultAsyncHttpxClient):
+    """An HTTP client that bounds a whole request. Its own timeout is for each read, which a server that sends a byte
+    now and then never reaches."""
+
+    def __init__(self, seconds: float, **options: Any) -> None:
+        super().__init__(timeout=seconds, **options)
+        self.seconds = seconds
+
+    async def send(self, request: Any, **options: Any) -> Any:
+        async with asyncio.timeout(self.seconds):
+            response = await super().send(request, **options)
+            await response.aread()
+            return response
+
+
 class Grader:
     """A judge of images; thread-safe, one event loop on a thread of its own for its whole life.
 
@@ -88,8 +112,8 @@ class Grader:
         base_url: endpoint; None is OPENAI_BASE_URL or else OpenAI's own.
         api_key: None is OPENAI_API_KEY; an endpoint other than OpenAI's may need none.
         concurrency: calls under way at once.
-        timeout: seconds for one call.
-        max_retries: how often a call that failed, and a reply that is not grades, is tried again.
+        timeout: seconds for one call, from the request to the last byte of its answer.
+        max_retries: how often one image is tried again, be it after a call that failed or a reply that is not grades.
         max_calls: requests to send at most, retries included; None is no cap.
         cache_dir: grades are kept here by image, prompt, model, endpoint and template; None keeps none.
 
@@ -112,19 +136,28 @@ class Grader:
         self.template, self.model, self.cache_dir = template, model, cache_dir
         self.max_retries, self.max_calls = max_retries, max_calls
         self.calls = 0
-        api_key = api_key or os.environ.get("OPENAI_API_KEY")
+        api_key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()  # a key from a file ends in a newline
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise UserError(
+                "--reward_model mllm: the key holds characters that no key has; check --api_key or OPENAI_API_KEY"
+            )
         if not api_key and not base_url and not os.environ.get("OPENAI_BASE_URL"):
             raise UserError(
                 "--reward_model mllm needs a key: set the environment variable OPENAI_API_KEY, or name another "
                 "endpoint with --base_url"
             )
-        self._api_key = api_key or "none"  # the SDK insists on one, servers of one's own ignore it
-        http_client = openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._count]}, timeout=timeout)
+        self._secret = api_key or "no key"
+        http_client = BoundedClient(timeout, event_hooks={"request": [self._count]})
         self._client = openai.AsyncOpenAI(
-            api_key=self._api_key, base_url=base_url, timeout=timeout, max_retries=max_retries, http_client=http_client
+            api_key=api_key or "none",  # the SDK insists on one, servers of one's own ignore it
+            base_url=base_url,
+            timeout=timeout,
+            http_client=http_client,
         )
         self.base_url = str(self._client.base_url)
         self._slots = asyncio.Semaphore(concurrency)
+        self._tries: ContextVar[Tries] = ContextVar("tries")  # of the image that the running task grades
+        self._fatal: GraderError | None = None
         # Both shrink to what the endpoint was seen to take.
         self._formats: list[dict[str, Any] | None] = [
             {"type": "json_schema", "json_schema": {"name": "grades", "strict": True, "schema": _schema(template)}},
@@ -165,47 +198,54 @@ class Grader:
         if cached is not None:
             return cached
         messages = self._messages(image, prompt)
+        tries = Tries(self.max_retries + 1)
+        self._tries.set(tries)
         async with self._slots:
-            for _ in range(self.max_retries + 1):
+            while tries.left > 0:
+                if self._fatal:  # found by another image while this one waited
+                    raise self._fatal
                 try:
-                    reply = await self._ask(messages)
+                    reply = await self._ask(messages, tries)
                     grades = read_grades(reply, self.template)
                 except BadReplyError as error:
-                    reason = str(error)
+                    reason = f"{error}, the last of {self.max_retries + 1} tries"
                 except RefusalError as error:
-                    return Failure(self._redacted(error.args[0]))
+                    return Failure(str(error).replace(self._secret, "***")[:200])
                 except openai.APIStatusError as error:
                     reason = f"the endpoint answered {error.status_code} ({self._redacted(error)})"
                     if error.status_code in FATAL or "insufficient_quota" in str(error):
                         remedy = FATAL.get(error.status_code, FATAL[402])
-                        raise GraderError(f"{reason}; {remedy}") from None
+                        self._fatal = GraderError(f"{reason}; {remedy}")
+                        raise self._fatal from None
                     return Failure(reason)
-                except openai.APITimeoutError:
-                    return Failure("the endpoint did not answer in time, see --mllm_timeout")
                 except openai.APIConnectionError as error:
                     return Failure(f"the connection broke ({self._redacted(error.__cause__ or error)})")
                 else:
                     self._remember(key, prompt, reply, grades)
                     return grades
-        return Failure(f"{self._redacted(reason)}, {self.max_retries + 1} times")
+        return Failure(reason)
 
-    async def _ask(self, messages: list[dict[str, Any]]) -> str:
+    async def _ask(self, messages: list[dict[str, Any]], tries: Tries) -> str:
         """The text of one reply; the format asked for is relaxed as far as the endpoint demands."""
         formats, options = list(self._formats), dict(self._options)
         while True:
             asked = options | ({"response_format": formats[0]} if formats[0] else {})
+            client = self._client.with_options(max_retries=tries.left - 1)
             try:
-                completion = await self._client.chat.completions.create(model=self.model, messages=messages, **asked)
+                completion = await client.chat.completions.create(model=self.model, messages=messages, **asked)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                tries.left += 1  # to ask for less is no retry
                 if "temperature" in str(error) and options.pop("temperature", None) is not None:
                     continue
-                formats.pop(0)
-                if not formats:
+                if len(formats) == 1 or not any(word in str(error).lower() for word in ("format", "json", "schema")):
                     raise
+                formats.pop(0)
             except openai.APIError:
                 raise
+            except TimeoutError:
+                raise BadReplyError("the endpoint did not answer in time, see --mllm_timeout") from None
             except Exception as error:  # a body that is no JSON, or no completion
-                raise BadReplyError(f"the endpoint sent no chat completion ({first_line(error)})") from error
+                raise BadReplyError(f"the endpoint sent no chat completion ({self._redacted(error)})") from None
             else:
                 if (len(formats), len(options)) < (len(self._formats), len(self._options)):
                     logger.info("the grader's endpoint takes no JSON schema or no temperature; asking without")
@@ -250,6 +290,7 @@ class Grader:
         if self.max_calls is not None and self.calls >= self.max_calls:
             raise CallsSpent
         self.calls += 1
+        self._tries.get().left -= 1
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -259,10 +300,9 @@ class Grader:
             future.cancel()
             raise
 
-    def _redacted(self, error: object) -> str:
-        """An error on one line, or a text, without the key, which some endpoints repeat in theirs."""
-        text = first_line(error) if isinstance(error, BaseException) else str(error)
-        return text.replace(self._api_key, "***") if self._api_key != "none" else text
+    def _redacted(self, error: BaseException) -> str:
+        """An error on one line, without the key, which some endpoints repeat in theirs."""
+        return first_line(error, self._secret)
 
     def _key(self, image: np.ndarray, prompt: str) -> str:
         told = [self.template.instructions, self.template.aspects, self.template.low, self.template.high]
@@ -274,7 +314,7 @@ class Grader:
             return None
         try:
             entry = json.loads((self.cache_dir / key[:2] / f"{key}.json").read_text(encoding="utf-8"))
-            return read_grades(entry["reply"], self.template)
+            return _grades(entry["grades"], self.template)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None  # absent, or cut short: asked for again
 
@@ -282,7 +322,9 @@ class Grader:
         if self.cache_dir is None:
             return
         path = self.cache_dir / key[:2] / f"{key}.json"
-        entry = {"model": self.model, "prompt": prompt, "overall": grades.overall, "reply": self._redacted(reply)}
+        numbers = {**grades.aspects, "overall": grades.overall}
+        told = reply.replace(self._secret, "***")  # for people to read
+        entry = {"model": self.model, "prompt": prompt, "grades": numbers, "reply": told}
         partial = path.with_suffix(f".{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,6 +345,7 @@ def read_grades(reply: str, template: Template) -> Grades:
     """
     found: list[Grades] = []
     problem = ""
+    reply = re.sub(r"^\s*<think>.*?</think>", "", reply, flags=re.DOTALL)  # drafts of a model that reasons aloud
     decoder, start = json.JSONDecoder(), reply.find("{")
     while start >= 0:
         end = start + 1
@@ -322,13 +365,17 @@ def read_grades(reply: str, template: Template) -> Grades:
     return found[0]
 
 
+def _plain_keys(found: dict[str, Any]) -> dict[str, Any]:
+    return {str(key).strip().lower().replace(" ", "_").replace("-", "_"): value for key, value in found.items()}
+
+
 def _grades(found: dict[str, Any], template: Template) -> Grades:
-    values = {str(key).strip().lower().replace(" ", "_").replace("-", "_"): value for key, value in found.items()}
+    values = _plain_keys(found)
     scores = {}
     for name in (*template.aspects, "overall"):
         value = values.get(name.lower())
         if isinstance(value, dict):
-            value = value.get("score")
+            value = _plain_keys(value).get("score")
         try:
             score = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
@@ -350,7 +397,9 @@ def _text(completion: object) -> str:
     if choice.finish_reason == "content_filter":
         raise RefusalError("the endpoint's content filter stopped the reply")
     if getattr(choice.message, "refusal", None):
-        raise RefusalError(f"the grader refused: {choice.message.refusal[:200]}")
+        raise RefusalError(f"the grader refused: {choice.message.refusal}")
+    if choice.finish_reason == "length":
+        raise BadReplyError("the reply was cut at the endpoint's limit of tokens")
     if not isinstance(choice.message.content, str):
         raise BadReplyError("the reply is empty")
     return choice.message.content

@@ -2,13 +2,14 @@
 
 import argparse
 import csv
+import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sharpening.arguments import OneSentenceParser, add_reward_flags, check_reward_flags, reward_flags
-from sharpening.errors import UserError
+from sharpening.errors import UserError, first_line
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -66,7 +67,11 @@ def read_pairs(images: str, prompts: str | None) -> list[tuple[Path, str]]:
     if not path.is_file():
         remedy = "correct the path" if prompts else "give --prompts FILE"
         raise UserError(f"--prompts: there is no file {path}; {remedy}")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts {path} cannot be read ({first_line(error)}); give UTF-8 text") from error
     if path.suffix not in (".csv", ".jsonl"):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if len(lines) not in (1, len(files)):
@@ -77,14 +82,21 @@ def read_pairs(images: str, prompts: str | None) -> list[tuple[Path, str]]:
         return list(zip(files, lines if len(lines) > 1 else lines * len(files), strict=True))
     try:
         if path.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        prompt_of = {Path(row["file_name"]).name: str(row.get("text") or row["prompt"]) for row in rows}
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        pairs = [(Path(row["file_name"]).name, row["text"] if "text" in row else row["prompt"]) for row in rows]
     except (KeyError, ValueError, TypeError, AttributeError):
         raise UserError(
             f"--prompts {path} must have the columns file_name and text (or prompt) in every row"
         ) from None
+    prompt_of = dict(pairs)
+    if len(prompt_of) < len(pairs):
+        repeated = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
+        raise UserError(f"--prompts {path} names {repeated} more than once; leave one row for each image")
+    for name, prompt in pairs:
+        if not isinstance(prompt, str):
+            raise UserError(f"--prompts {path} has {prompt!r} for {name}, which is no text; mend that row")
     missing = [file.name for file in files if file.name not in prompt_of]
     if missing:
         raise UserError(

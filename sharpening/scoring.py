@@ -89,10 +89,13 @@ class Reward:
         """The weighted sum and the raw components from one call of each, for training that also logs the parts."""
         if isinstance(prompts, str):
             prompts = [prompts]
-        values: dict[str, Tensor] = {}
+        values = {component.name: torch.full((len(prompts),), torch.nan) for component in self.components}
         total = torch.zeros(len(prompts))
         with torch.no_grad():
             for rows, batch in _batches(images, prompts):
+                rows, batch = self._without_broken(rows, batch, prompts, total)
+                if not rows:
+                    continue
                 batch_prompts = [prompts[row] for row in rows]
                 for component, scorer in zip(self.components, self._scorers, strict=True):
                     scores, parts = self._call(component.name, scorer, batch, batch_prompts, rows)
@@ -105,6 +108,26 @@ class Reward:
             names = "+".join(component.name for component in self.components)
             raise RewardError(names, "has a weighted sum beyond float32", rows, [prompts[row] for row in rows])
         return total, values
+
+    def _without_broken(
+        self, rows: list[int], batch: Tensor, prompts: list[str], total: Tensor
+    ) -> tuple[list[int], Tensor]:
+        """The rows whose pixels are all finite; the `total` of the others is NaN. As 8-bit pixels, NaN would be black,
+        which some rewards like."""
+        finite = batch.flatten(1).isfinite().all(1).cpu()
+        if not finite.all():
+            broken = [row for row, good in zip(rows, finite.tolist(), strict=True) if not good]
+            problem = f"was given {len(broken)} of {len(rows)} images with NaN or infinite pixels"
+            names = "+".join(component.name for component in self.components)
+            self._fail(RewardError(names, problem, broken, [prompts[row] for row in broken]))
+            total[broken] = torch.nan
+        return [row for row, good in zip(rows, finite.tolist(), strict=True) if good], batch[finite.to(batch.device)]
+
+    def _fail(self, error: RewardError) -> None:
+        """Raise the error of some rows, or say that they are skipped."""
+        if self.failure == "raise":
+            raise error
+        logger.warning(f"left out of selection: {error}")
 
     def _call(
         self,
@@ -141,9 +164,7 @@ class Reward:
                 name, f"{returned} for {len(bad)} of {len(prompts)} images", [rows[row] for row in bad],
                 [prompts[row] for row in bad],
             )  # fmt: skip
-            if self.failure == "raise":
-                raise error
-            logger.warning(f"left out of selection: {error}")
+            self._fail(error)
             scores = torch.where(scores.isfinite(), scores, torch.nan)
         return scores, parts
 

@@ -32,6 +32,7 @@ class Action:
     headers: dict = field(default_factory=dict)
     delay: float = 0.0
     body: bytes | None = None  # sent in place of a completion
+    drip: float = 0.0  # seconds between blanks sent ahead of the body, 20 of them
     cut: int | None = None  # break the connection after this many bytes of the body
     refusal: str | None = None
     finish_reason: str = "stop"
@@ -87,8 +88,12 @@ class GraderServer:
                     self.send_response(action.status)
                     for name, value in {"Content-Type": "application/json", **action.headers}.items():
                         self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(payload)))
+                    blanks = 20 if action.drip else 0
+                    self.send_header("Content-Length", str(len(payload) + blanks))
                     self.end_headers()
+                    for _ in range(blanks):
+                        self.wfile.write(b" ")
+                        time.sleep(action.drip)
                     self.wfile.write(payload[: action.cut])
                     if action.cut is not None:
                         self.wfile.flush()

@@ -119,6 +119,9 @@ RECOVERS = {
     "null": [Action(grades(None)), GOOD],
     "an integer of 400 digits": [Action(grades(10**400)), GOOD],
     "a list": [Action("[1, 2, 3]"), GOOD],
+    "a byte now and then": [Action(grades(overall=9), drip=0.3), GOOD],
+    "whole, but cut off by the limit": [Action(grades(overall=9), finish_reason="length"), GOOD],
+    "a draft thought aloud": [Action(f"<think>{grades(overall=9)} no</think>{grades(overall=6)}")],
     "slow": [Action(grades(overall=6), delay=0.6)],
     "prose around JSON": [Action(f"Here you go:\n```json\n{grades(overall=6)}\n```\nI hope {{that}} helps!")],
     "JSON in a wrapper": [Action(json.dumps({"result": json.loads(grades(overall=6))}))],
@@ -131,10 +134,11 @@ FAILS = {
     "always 429": ([Action(status=429, error="slow down")], "answered 429"),
     "400 for this image": ([Action(status=400, error="unsafe image")], "answered 400"),
     "always half a body": ([Action(cut=40)], "connection broke"),
-    "always prose": ([Action("Nice!")], "no JSON object, 3 times"),
-    "always out of range": ([Action(grades(overall=60))], "gives overall 60, outside 0 to 10, 3 times"),
-    "always wrong keys": ([Action('{"score": 9}')], "no number for accuracy_to_prompt, 3 times"),
+    "always prose": ([Action("Nice!")], "no JSON object, the last of 3 tries"),
+    "always out of range": ([Action(grades(overall=60))], "gives overall 60, outside 0 to 10, the last of 3 tries"),
+    "always wrong keys": ([Action('{"score": 9}')], "no number for accuracy_to_prompt, the last of 3 tries"),
     "always too slow": ([Action(delay=3)], "in time, see --mllm_timeout"),
+    "always dripping": ([Action(drip=0.1)], "in time, see --mllm_timeout"),
 }
 
 
@@ -198,6 +202,49 @@ def test_what_no_retry_can_mend_stops_the_run_even_when_skipping(status, server,
     assert len(server.requests) == 2  # tried once each
 
 
+@pytest.mark.parametrize("error", [KEY, "x" * 280 + KEY, f"{KEY}\nand more"])
+def test_no_part_of_a_key_survives_the_cutting_of_a_long_error(error, server, grader):
+    server.plan["refused"] = [Action(None, refusal="x" * 170 + error)]
+    server.default = Action(status=500, error=error)
+    for prompt in ("refused", "broken"):
+        with pytest.raises(RewardError) as caught:
+            grader(api_key=KEY, mllm_max_retries=0).get_reward(pictures(1), [prompt])
+        assert KEY[:8] not in str(caught.value)
+
+
+def test_key_from_a_file_may_end_in_a_newline_and_one_with_odd_characters_is_refused(server, grader):
+    grader(api_key=f"{KEY}\n").get_reward(pictures(1), ["a"])
+    assert server.requests[-1]["headers"]["authorization"] == f"Bearer {KEY}"
+    for key in ("sk-\u00e9", "sk-a\nb"):
+        with pytest.raises(UserError, match="check --api_key") as caught:
+            grader(api_key=key)
+        assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_one_image_costs_no_more_than_its_retries_whatever_fails(retries, server, grader):
+    server.plan["a"] = [Action(status=500), Action("prose")] * 8
+    grader("skip", mllm_max_retries=retries).get_reward(pictures(1), ["a"])
+    assert len(server.requests) == retries + 1
+
+
+def test_what_no_retry_can_mend_is_not_asked_for_every_image(server, grader):
+    server.default = Action(status=401)
+    with pytest.raises(RewardError, match="answered 401"):
+        grader(mllm_concurrency=4).get_reward(pictures(20), [f"prompt {row}" for row in range(20)])
+    assert len(server.requests) <= 8
+
+
+def test_cap_is_shared_by_the_graders_of_a_spec(server, tmp_path):
+    options = {"base_url": server.base_url, "cache_dir": str(tmp_path)}
+    reward = load_reward("mllm:one,mllm:two", mllm_max_calls=4, **options)
+    with pytest.raises(RewardError, match="are spent"):
+        reward.get_reward(pictures(6), list("abcdef"))
+    assert len(server.requests) <= 4
+    with pytest.raises(UserError, match="2 graders share it"):
+        load_reward("mllm:one,mllm:two", mllm_max_calls=1, **options)
+
+
 def test_used_up_quota_stops_the_run(server, grader):
     server.default = Action(status=429, error="insufficient_quota: pay")
     with pytest.raises(RewardError, match="no credit left"):
@@ -227,9 +274,9 @@ def test_endpoint_that_takes_no_temperature(server, grader):
 
 
 def test_one_refused_image_does_not_relax_the_format_for_the_others(server, grader):
-    server.plan["unsafe"] = [Action(status=400, error="unsafe")]
+    server.plan["unsafe"] = [Action(status=400, error="could not decode the image, try again"), GOOD]
     reward = grader("skip", mllm_concurrency=1)
-    reward.get_reward(pictures(2), ["unsafe", "fine"])
+    assert reward.get_reward(pictures(2), ["unsafe", "fine"]).isnan().tolist() == [True, False]
     assert server.requests[-1]["body"]["response_format"]["type"] == "json_schema"
 
 
@@ -303,12 +350,18 @@ def test_cache_never_keeps_failures_and_survives_damage(server, grader, tmp_path
     grader("skip", api_key=KEY).get_reward(pictures(2), ["bad", "good"])
     (file,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
     entry = json.loads(file.read_text())
-    assert (entry["prompt"], entry["overall"]) == ("good", 8.0) and KEY not in file.read_text()
-    for damage in ("", file.read_text()[:30], "{}", '{"reply": "none"}', '{"reply": 3}', "[]"):
+    assert (entry["prompt"], entry["grades"]["overall"]) == ("good", 8.0) and KEY not in file.read_text()
+    for damage in ("", file.read_text()[:30], "{}", '{"grades": "none"}', '{"grades": {"overall": 3}}', "[]"):
         file.write_text(damage)
         before = len(server.requests)
         assert grader().get_reward(pictures(2)[1:], ["good"]).tolist() == pytest.approx([0.8])
         assert len(server.requests) == before + 1
+
+
+def test_key_that_looks_like_a_grade_does_not_spoil_the_cache(server, grader):
+    for _ in range(2):
+        assert grader(api_key="8").get_reward(pictures(1), ["a"]).tolist() == pytest.approx([0.8])
+    assert len(server.requests) == 1
 
 
 def test_cache_that_cannot_be_written_costs_no_score(server, grader, tmp_path, caplog):
@@ -356,7 +409,7 @@ def test_scale_of_a_template_maps_to_0_to_1(server, grader, tmp_path):
 
 @pytest.mark.parametrize(
     "reply",
-    ['{"A one": 1, "b-two": {"score": "2"}, "OVERALL": 3.0}', 'x {"a_one": 1, "b_two": 2, "overall": 3} {y',
+    ['{"A one": 1, "b-two": {"Score": "2"}, "OVERALL": 3.0}', 'x {"a_one": 1, "b_two": 2, "overall": 3} {y',
      '{"note": {"deep": [1]}, "grades": {"a_one": 1, "b_two": 2, "overall": " 3 "}}'],
 )  # fmt: skip
 def test_replies_that_can_be_read(reply, tmp_path):

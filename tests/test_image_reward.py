@@ -3,6 +3,8 @@
 `make_image_reward_golden.py` recorded them: that package, in an environment of its own, on seeded random weights.
 """
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -128,7 +130,7 @@ def test_reduced_precision_keeps_the_head_in_float32(tiny_image_reward, scorer):
 
 
 def test_every_key_of_the_package_is_used_or_known_to_be_without_effect(golden):
-    """Changing a key that is read must change a score; those that the package itself does not read may be absent."""
+    """Those that the package itself does not read may be absent; changing any other changes a score."""
     for size in ("tiny", "full"):
         assert {name.rpartition(".")[0] for name in golden[size]["keys_without_effect"]} == {
             "blip.vision_proj",
@@ -138,6 +140,25 @@ def test_every_key_of_the_package_is_used_or_known_to_be_without_effect(golden):
     used = {name: tensor for name, tensor in weights.items() if name not in golden["tiny"]["keys_without_effect"]}
     assert len(weights) - len(used) == 4
     assert len(ImageRewardNetwork.from_state_dict(used).state_dict()) == len(used)
+
+
+def test_every_tensor_that_is_read_changes_a_score(scorer):
+    pixels = published_pixels(IMAGES[:4])
+
+    def scores(network):
+        return score_pixels(network, scorer.tokenizer, pixels, list(PROMPTS[:4]))
+
+    network = ImageRewardNetwork.from_state_dict(image_reward_weights("tiny"))
+    before = scores(network)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in network.state_dict().items():
+        kept = tensor.clone()
+        tensor.add_(torch.randn(tensor.shape, generator=generator))
+        # Attention weights do not change when every key moves alike.
+        expected_to_move = not re.search(r"(attention\.self|crossattention\.self)\.key\.bias", name)
+        assert (not torch.allclose(scores(network), before, rtol=0, atol=1e-5)) == expected_to_move, name
+        tensor.copy_(kept)
+    assert torch.equal(scores(network), before)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reward import CATALOGUE, CLIPScoreReward, load_reward, parse_reward_spec
+from reward import CATALOGUE, CLIPScoreReward, load_reward, parse_compositional, parse_reward_spec
 from sharpening import shapes
 from sharpening.errors import UserError
 from sharpening.reward_spec import Component
@@ -711,6 +711,33 @@ def test_skipping_leaves_failed_rows_without_a_score_and_keeps_the_others(caplog
     assert caught.value.rows == [0]
     with pytest.raises(RewardError, match="ZeroDivisionError"):  # a mistake in a reward is not a failed image
         Reward(components[:1], [lambda images, prompts: 1 / 0], "skip").score(images, prompts)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_image_of_broken_pixels_has_no_score_from_any_reward(bad, caplog):
+    """As 8-bit pixels NaN is black, which compresses best of all."""
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    prompts = ["a red circle on a white background"] * 3
+    whole = load_reward("jpeg_compressibility,shapes").get_reward(images, prompts)
+    images[1, 0, 0, 0] = bad
+    with pytest.raises(RewardError, match="was given 1 of 3 images with NaN or infinite pixels") as caught:
+        load_reward("jpeg_compressibility").get_reward(images, prompts)
+    assert caught.value.rows == [1]
+    total, parts = load_reward("jpeg_compressibility,shapes", failure="skip").score(images, prompts)
+    assert total.isnan().tolist() == [False, True, False] and torch.equal(total[::2], whole[::2])
+    assert all(part.isnan().tolist() == [False, True, False] for part in parts.values())
+    assert "left out of selection" in caplog.text
+    assert load_reward("shapes", failure="skip").get_reward(images[1:2], prompts[:1]).isnan().all()
+
+
+def test_path_may_hold_an_equals_sign():
+    assert parse_compositional("a=/x/lr=1e-5/m.pt,b=y.pt", "1,2") == (
+        [1.0, 2.0],
+        {"a": "/x/lr=1e-5/m.pt", "b": "y.pt"},
+    )
+    assert parse_compositional("/x/lr=1e-5/m.pt", None) == ([1.0], {"": "/x/lr=1e-5/m.pt"})
+    with pytest.raises(UserError, match="--compositional_weights nan"):
+        parse_compositional("a=x,b=y", "nan,1")
 
 
 def test_flags_reach_the_entry_whose_name_they_begin_with(monkeypatch):

@@ -96,6 +96,19 @@ def test_every_form_of_prompts(form, folder, tmp_path, capsys):
     assert got == ([CAPTIONS[0]] * 3 if form == "one line for all" else CAPTIONS)
 
 
+def test_prompt_of_several_lines_survives_the_way_through_csv(folder, tmp_path):
+    prompts = ["a cat\non a mat", 'a "quoted", cat', "line\u2028separator"]
+    source, output = tmp_path / "prompts.csv", tmp_path / "scores.csv"
+    with source.open("w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "text"), *((f"{row}.png", p) for row, p in enumerate(prompts))])
+    for _ in range(2):  # the second time from this command's own output
+        flags = ["--reward_model=jpeg_compressibility", "--images", folder, "--prompts", source]
+        assert run(*flags, "--output", output) == 0
+        with output.open(newline="") as file:
+            assert [row["prompt"] for row in csv.DictReader(file)] == prompts
+        source = output.rename(tmp_path / "again.csv")
+
+
 def test_images_that_could_not_be_scored_are_shown_as_failed(server, folder, tmp_path, capsys):
     metadata(folder)
     server.plan[CAPTIONS[1]] = [Action(None, refusal="no")]
@@ -135,12 +148,31 @@ def one_missing(folder):
     return ["--prompts", folder / "p.csv"]
 
 
+def named_twice(folder):
+    (folder / "p.csv").write_text("file_name,text\n0.png,a\n1.png,b\n2.png,c\nother/1.png,d\n")
+    return ["--prompts", folder / "p.csv"]
+
+
+def null_prompt(folder):
+    lines = [json.dumps({"file_name": f"{row}.png", "text": None if row == 1 else "a"}) for row in range(3)]
+    (folder / "p.jsonl").write_text("\n".join(lines))
+    return ["--prompts", folder / "p.jsonl"]
+
+
+def latin(folder):
+    (folder / "p.txt").write_bytes("café".encode("latin-1"))
+    return ["--prompts", folder / "p.txt"]
+
+
 BAD = {
     "no prompts": (lambda folder: [], ["metadata.jsonl", "give --prompts FILE"]),
     "missing prompts": (lambda folder: ["--prompts", "/no.txt"], ["--prompts: there is no file /no.txt"]),
     "too few prompts": (too_few, ["2 prompts for 3 images", "one for all"]),
     "csv without the columns": (no_column, ["--prompts", "file_name and text"]),
     "an image without a prompt": (one_missing, ["no prompt for 1 of 3 images, 2.png"]),
+    "an image named twice": (named_twice, ["1.png more than once"]),
+    "a prompt that is null": (null_prompt, ["None for 1.png", "no text"]),
+    "prompts in another encoding": (latin, ["p.txt cannot be read", "UTF-8"]),
     "no folder": (lambda folder: ["--images", "/nowhere"], ["--images /nowhere is not a folder"]),
     "no images": (lambda folder: ["--images", folder.parent], ["holds no image"]),
     "corrupt image": (corrupt, ["1.png is no readable image", "remove or replace it"]),
