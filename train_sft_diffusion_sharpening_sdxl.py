@@ -35,7 +35,25 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: naming the flag and the remedy.
     """
-    return parse(shared_parser(__doc__.splitlines()[0]), argv)
+    parser = shared_parser(__doc__.splitlines()[0])
+    parser.set_defaults(method="SFT")
+    return parse(parser, argv)
+
+
+def rows_per_step(args: argparse.Namespace) -> dict[str, int]:
+    """Rows that one process puts through the UNet in an optimizer step, by purpose, and through the decoder.
+
+    With P prompts, n branches of m steps, and 2 rows where a branch is guided: P n m to score, P m to train. Branches
+    that end early, below t = 0, cost less.
+    """
+    prompts = args.train_batch_size * args.gradient_accumulation_steps
+    guided = 1 if args.branch_guidance_scale == 1 else 2
+    steps = prompts * args.trajectory_nums
+    return {
+        "score": steps * args.num_noisy_latents * guided,
+        "train": steps * guided,
+        "decode": steps * args.num_noisy_latents,
+    }
 
 
 def sft_losses(
@@ -57,15 +75,12 @@ def sft_losses(
     Shapes: x_t, x_0, eps (B, 4, h, w), the start, clean latent and noise of each chosen branch; t (B,) where it
     starts; active (B, m) bool, from the score pass; a row without any active step carries no gradient.
     """
-    from sharpening.trajectory import branch_target, squared_error, walk
+    from sharpening.trajectory import branch_error, walk
 
     weights = active.to(x_t.dtype) / active.sum(1, keepdim=True).clamp(min=1) / len(active)  # (B, m)
     path = walk(predict, schedule, x_t, t, active.shape[1], guide, detach=not args.backprop_through_sampler)
     for k, point in enumerate(path):
-        target = branch_target(schedule, point, x_0, eps, args.branch_target)
-        errors = squared_error(point.output, target)  # (B,)
-        if args.snr_gamma is not None:
-            errors = errors * schedule.min_snr_weight(point.t, args.snr_gamma)
+        errors = branch_error(schedule, point, point.output, x_0, eps, args.branch_target, args.snr_gamma)  # (B,)
         yield (weights[:, k] * errors).sum()
 
 
@@ -113,7 +128,9 @@ def main(args: argparse.Namespace) -> int:
     steps_per_epoch = math.ceil(len(images) / (batch_size * accumulation * world_size))
     num_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     if is_main:
-        print(run.describe(args, source, len(images), world_size, steps_per_epoch, num_steps), flush=True)
+        trained_on = f"{len(images)} rows of {args.dataset_name or args.train_data_dir}"
+        cost = rows_per_step(args)
+        print(run.describe(args, source, accelerator, trained_on, cost, steps_per_epoch, num_steps), flush=True)
     if args.dry_run:
         return 0
 
@@ -126,9 +143,10 @@ def main(args: argparse.Namespace) -> int:
     # -------------------------------------------------------------------------------------------------- MODELS
     vae = sdxl.load_vae(args, source, device, weight_dtype)
     reward_decoder = sdxl.load_reward_decoder(args, device, weight_dtype) if args.reward_vae else vae
-    unet = sdxl.load_unet(args, source, device)
-    ema = run.make_ema(unet, args, device) if args.use_ema else None
-    optimizer = run.make_optimizer(unet, args, world_size)
+    unet = sdxl.load_unet(args, source, device, weight_dtype)
+    parameters = sdxl.trainable_parameters(unet)
+    ema = run.make_ema(unet, parameters, args, device) if args.use_ema else None
+    optimizer = run.make_optimizer(parameters, args, world_size)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps
     )
@@ -167,6 +185,7 @@ def main(args: argparse.Namespace) -> int:
     # ------------------------------------------------------------------------------------------------ TRAINING
     stop = run.StopSignal()
     means = tracking.Means(device)
+    watch = tracking.Watch(args, parameters)
     progress = tqdm(total=num_steps, initial=start_step, desc="steps", disable=not is_main)
     step, metrics = start_step, {}
     for step in range(start_step + 1, num_steps + 1):
@@ -237,18 +256,19 @@ def main(args: argparse.Namespace) -> int:
                 f"step {step}: the loss is {metrics['loss']}; lower --learning_rate or use --mixed_precision=bf16"
             )
             return run.fail(accelerator, args, step - 1, run_id, message)
-        metrics["grad_norm"] = float(accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm))
+        metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics["lr"] = lr_scheduler.get_last_lr()[0]
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
             if ema is not None:
-                ema.step(unet.parameters())
+                ema.step(parameters)
         optimizer.zero_grad()
 
         if is_main:
             metrics["samples_per_second"] = batch_size * accumulation * world_size / (time.perf_counter() - started)
             metrics["peak_memory_gib"] = tracking.peak_memory_gib(device)
+            watch.check(metrics, parameters)
             if step % args.branch_image_steps == 0:
                 worst = torch.arange(batch_size) * n + selection.worst
                 shown = {"branches/best": scores.last_estimate[best], "branches/worst": scores.last_estimate[worst]}
@@ -278,9 +298,9 @@ def main(args: argparse.Namespace) -> int:
     progress.close()
     if is_main:
         with averaged_weights(unet, ema):
-            publishing.save_pipeline(args, source, unet, vae, step, metrics)
+            saved = publishing.save_result(args, source, unet, vae, step, metrics)
         tracking.plot_rewards(metrics_file.path, output_dir / "reward_curve.png")
-        print(f"saved the pipeline and reward_curve.png to {output_dir}", flush=True)
+        print(f"saved the {saved} and reward_curve.png to {output_dir}", flush=True)
     run.finish(accelerator)
     if is_main and args.push_to_hub:
         publishing.push_to_hub(args)

@@ -5,7 +5,7 @@ Nothing here imports torch, so a typo is answered in well under a second.
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -113,6 +113,11 @@ def shared_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument("--use_ema", action="store_true", help="average the weights; validation and the save use them")
     g.add_argument("--ema_decay", type=float, default=0.9999, help="largest decay of the average")
 
+    g = parser.add_argument_group("LoRA")
+    g.add_argument("--use_lora", action="store_true", help="train a low-rank adapter and leave the UNet as it is")
+    g.add_argument("--lora_rank", type=int, default=16, help="rank of the adapter")
+    g.add_argument("--lora_alpha", type=float, help="its scale is alpha / rank; unset: the rank")
+
     g = parser.add_argument_group("hardware")
     g.add_argument(
         "--mixed_precision", choices=["no", "fp16", "bf16"], help="unset: what accelerate was configured with"
@@ -193,9 +198,9 @@ def check_reward_flags(args: argparse.Namespace) -> None:
 
     for name in ("mllm_concurrency", "mllm_max_calls"):
         value = getattr(args, name)
-        _require(value is None or value >= 1, f"--{name} is {value}, but it must be at least 1")
-    _require(args.mllm_max_retries >= 0, f"--mllm_max_retries is {args.mllm_max_retries}, but must not be negative")
-    _require(args.mllm_timeout > 0, f"--mllm_timeout is {args.mllm_timeout}, but it must be above 0")
+        require(value is None or value >= 1, f"--{name} is {value}, but it must be at least 1")
+    require(args.mllm_max_retries >= 0, f"--mllm_max_retries is {args.mllm_max_retries}, but must not be negative")
+    require(args.mllm_timeout > 0, f"--mllm_timeout is {args.mllm_timeout}, but it must be above 0")
     for component in parse_reward_spec(args.reward_model):
         if component.target == "mllm":
             load_template(args.mllm_template)
@@ -216,14 +221,16 @@ def reward_flags(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], presets: Mapping[str, Mapping[str, Any]] = PRESETS
+) -> argparse.Namespace:
     """Parse, fill in the preset and refuse what cannot work.
 
     Raises:
         UserError: naming the flag and the remedy.
     """
     args = parser.parse_args(argv)
-    for name, value in PRESETS[args.preset].items():
+    for name, value in presets[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     validate(args)
@@ -239,47 +246,52 @@ def validate(args: argparse.Namespace) -> None:
     for name in (
         "num_noisy_latents", "trajectory_nums", "infer_steps", "train_batch_size", "gradient_accumulation_steps",
         "num_train_epochs", "score_batch_size", "decode_batch_size", "checkpointing_steps", "num_validation_images",
-        "branch_image_steps",
+        "branch_image_steps", "lora_rank",
     ):  # fmt: skip
-        _require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
+        require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
     for name in ("max_train_samples", "max_train_steps", "checkpoints_total_limit"):
         value = getattr(args, name)
-        _require(value is None or value >= 1, f"--{name} is {value}, but it must be at least 1, or left out")
+        require(value is None or value >= 1, f"--{name} is {value}, but it must be at least 1, or left out")
     for name in (
         "validation_steps", "validation_epochs", "lr_warmup_steps", "dataloader_num_workers", "noise_offset",
         "adam_weight_decay", "branch_guidance_scale", "validation_guidance_scale",
     ):  # fmt: skip
-        _require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}, but it must not be negative")
+        require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}, but it must not be negative")
     for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "timestep_bias_multiplier"):
-        _require(getattr(args, name) > 0, f"--{name} is {getattr(args, name)}, but it must be above 0")
+        require(getattr(args, name) > 0, f"--{name} is {getattr(args, name)}, but it must be above 0")
     for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-        _require(0 <= getattr(args, name) < 1, f"--{name} is {getattr(args, name)}, but it must lie in [0, 1)")
-    _require(
+        require(0 <= getattr(args, name) < 1, f"--{name} is {getattr(args, name)}, but it must lie in [0, 1)")
+    require(
         0 <= args.proportion_empty_prompts <= 1,
         f"--proportion_empty_prompts is {args.proportion_empty_prompts}, but it is a share and must lie in [0, 1]",
     )
-    _require(
+    require(
         args.resolution > 0 and args.resolution % 8 == 0,
         f"--resolution is {args.resolution}, but SDXL needs a positive multiple of 8; "
         f"try {max(8, round(args.resolution / 8) * 8)}",
     )
-    _require(
+    require(
         args.trajectory_nums <= args.infer_steps,
         f"--trajectory_nums is {args.trajectory_nums}, but a trajectory has only --infer_steps={args.infer_steps} "
         "steps; lower the first or raise the second",
     )
-    _require(args.seed is None or 0 <= args.seed < 2**32, f"--seed is {args.seed}, but it must lie in [0, 4294967295]")
-    _require(args.snr_gamma is None or args.snr_gamma > 0, f"--snr_gamma is {args.snr_gamma}, but must be above 0")
-    _require(
+    require(args.seed is None or 0 <= args.seed < 2**32, f"--seed is {args.seed}, but it must lie in [0, 4294967295]")
+    require(args.lora_alpha is None or args.lora_alpha > 0, f"--lora_alpha is {args.lora_alpha}, but must be above 0")
+    require(
+        args.use_lora or (args.lora_rank == 16 and args.lora_alpha is None),
+        "--lora_rank and --lora_alpha have no effect without --use_lora; add it",
+    )
+    require(args.snr_gamma is None or args.snr_gamma > 0, f"--snr_gamma is {args.snr_gamma}, but must be above 0")
+    require(
         0 < args.timestep_bias_portion <= 1,
         f"--timestep_bias_portion is {args.timestep_bias_portion}, but it must lie in (0, 1]",
     )
-    _require(
+    require(
         args.timestep_bias_strategy != "range" or 0 <= args.timestep_bias_begin < args.timestep_bias_end,
         f"--timestep_bias_begin={args.timestep_bias_begin} and --timestep_bias_end={args.timestep_bias_end} "
         "enclose no timestep; begin must be at least 0 and below end",
     )
-    _require(
+    require(
         args.timestep_bias_strategy == "none" or args.timestep_bias_multiplier != 1,
         f"--timestep_bias_strategy={args.timestep_bias_strategy} has no effect with --timestep_bias_multiplier=1; "
         "set another multiplier",
@@ -295,18 +307,19 @@ def validate_schedule(args: argparse.Namespace, num_train_timesteps: int) -> Non
     Raises:
         UserError: naming the flag and the remedy.
     """
-    _require(
+    require(
         args.infer_steps <= num_train_timesteps,
         f"--infer_steps is {args.infer_steps}, but the model has only {num_train_timesteps} timesteps; lower it",
     )
-    _require(
+    require(
         args.timestep_bias_strategy != "range" or args.timestep_bias_end <= num_train_timesteps,
         f"--timestep_bias_end is {args.timestep_bias_end}, but the model has only {num_train_timesteps} timesteps; "
         "lower it",
     )
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -317,15 +330,15 @@ def looks_local(name: str) -> bool:
 
 
 def _validate_sources(args: argparse.Namespace) -> None:
-    _require(
-        bool(args.dataset_name) or bool(args.train_data_dir),
-        "no training data: give --dataset_name (hub id, folder, parquet, tars) or --train_data_dir (image folder)",
+    named = [f"--{flag}" for flag in ("dataset_name", "train_data_dir", "prompts_file") if getattr(args, flag, None)]
+    prompts_file = " or --prompts_file (txt, csv, jsonl)" if hasattr(args, "prompts_file") else ""
+    require(
+        bool(named),
+        "no training data: give --dataset_name (hub id, folder, parquet, tars) or --train_data_dir (image folder)"
+        f"{prompts_file}",
     )
-    _require(
-        not (args.dataset_name and args.train_data_dir),
-        "--dataset_name and --train_data_dir name two data sets; give one of them",
-    )
-    _require(
+    require(len(named) < 2, f"{' and '.join(named)} name two data sets; give one of them")
+    require(
         not args.train_data_dir or Path(args.train_data_dir).is_dir(),
         f"--train_data_dir {args.train_data_dir} is not a folder; give an image folder with a metadata.jsonl",
     )
@@ -338,36 +351,36 @@ def _validate_sources(args: argparse.Namespace) -> None:
         if name is None or not looks_local(name):
             continue
         path = Path(name).expanduser()
-        _require(path.is_dir(), f"--{flag} {name} does not exist; give a folder that holds the model, or a hub id")
-        _require(
+        require(path.is_dir(), f"--{flag} {name} does not exist; give a folder that holds the model, or a hub id")
+        require(
             marker is None or (path / marker).is_file(),
             f"--{flag} {name} has no {marker}; give the folder that save_pretrained wrote for a whole pipeline",
         )
-    _require(
+    require(
         not (args.validation_prompt and args.validation_prompts_file),
         "--validation_prompt and --validation_prompts_file exclude each other; give one of them",
     )
     if args.validation_prompts_file:
         path = Path(args.validation_prompts_file)
-        _require(path.is_file(), f"--validation_prompts_file {path} does not exist; give a text file")
-        _require(bool(path.read_text().split()), f"--validation_prompts_file {path} is empty; give one prompt a line")
+        require(path.is_file(), f"--validation_prompts_file {path} does not exist; give a text file")
+        require(bool(path.read_text().split()), f"--validation_prompts_file {path} is empty; give one prompt a line")
     check_reward_flags(args)
 
 
 def _validate_output(args: argparse.Namespace) -> None:
-    _require(
+    require(
         args.hub_model_id is None or args.push_to_hub, "--hub_model_id has no effect without --push_to_hub; add it"
     )
     output = Path(args.output_dir)
     existing = output
     while not existing.exists():
         existing = existing.parent
-    _require(
+    require(
         existing.is_dir() and os.access(existing, os.W_OK),
         f"--output_dir {output} cannot be written, because {existing} is not a writable folder; choose another",
     )
     resume = args.resume_from_checkpoint
-    _require(
+    require(
         resume in (None, "latest") or Path(resume).is_dir(),
         f"--resume_from_checkpoint {resume} does not exist; give the path of a checkpoint-N folder, or latest",
     )
@@ -377,7 +390,7 @@ def _validate_hardware(args: argparse.Namespace) -> None:
     if args.enable_npu_flash_attention:
         from importlib.util import find_spec
 
-        _require(
+        require(
             find_spec("torch_npu") is not None,
             "--enable_npu_flash_attention needs an Ascend NPU and the torch_npu package; leave the flag out",
         )
@@ -387,12 +400,12 @@ def _validate_hardware(args: argparse.Namespace) -> None:
     import torch
 
     gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
-    _require(
+    require(
         gpu or not args.enable_xformers_memory_efficient_attention,
         "--enable_xformers_memory_efficient_attention needs a CUDA GPU and none is used here; leave the flag out, "
         "PyTorch's own attention is used then",
     )
-    _require(
+    require(
         gpu or precision != "fp16", "--mixed_precision=fp16 needs a GPU and none is used here; use bf16 or no on a CPU"
     )
 

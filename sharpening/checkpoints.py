@@ -19,15 +19,21 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sharpening.arguments import public
 from sharpening.errors import UserError
+from sharpening.sdxl import load_lora, save_lora
+from sharpening.validation import averaged_weights
 
 logger = get_logger(__name__)
 
 STATE_FILE = "state.json"  # written last: a checkpoint without it is incomplete
+GENERATED_FILE = "generated_latents_{}.pt"  # one for each process
+EMA_STATE_FILE = "ema.pt"  # beside the averaged adapter: the average itself and its count of steps
 # Flags that decide which draws a step sees or what it computes: changing one makes a resumed run another run.
 IDENTITY_FLAGS = (
     "train_batch_size", "gradient_accumulation_steps", "num_noisy_latents", "trajectory_nums", "infer_steps",
-    "resolution", "reward_model", "clip_model", "aesthetic_clip", "compositional_models", "compositional_weights",
-    "mllm_model", "mllm_template", "mllm_score", "learning_rate", "lr_scheduler", "max_train_samples",
+    "resolution", "use_lora", "lora_rank", "lora_alpha", "reward_model", "clip_model", "aesthetic_clip",
+    "compositional_models", "compositional_weights", "mllm_model", "mllm_template", "mllm_score", "learning_rate",
+    "lr_scheduler", "max_train_samples", "reward_on", "beta_dpo", "reward_margin_scale", "latents_per_prompt",
+    "generation_reuse", "guidance_scale", "share_noise_in_pair",
 )  # fmt: skip
 
 
@@ -104,7 +110,7 @@ def resolve_run(accelerator: Accelerator, args: Namespace, checkpoint: Path | No
         if args.seed is None:
             args.seed = state["args"]["seed"]
         then = {f"--{name}": state["args"].get(name) for name in IDENTITY_FLAGS}
-        now = {f"--{name}": getattr(args, name) for name in IDENTITY_FLAGS}
+        now = {f"--{name}": getattr(args, name, None) for name in IDENTITY_FLAGS}
         then["the number of processes"], now["the number of processes"] = (
             state["world_size"],
             accelerator.num_processes,
@@ -125,27 +131,59 @@ def resolve_run(accelerator: Accelerator, args: Namespace, checkpoint: Path | No
 
 
 def register_checkpointing(
-    accelerator: Accelerator, unet: UNet2DConditionModel, ema: EMAModel | None, lr_scheduler: LRScheduler
+    accelerator: Accelerator,
+    unet: UNet2DConditionModel,
+    ema: EMAModel | None,
+    lr_scheduler: LRScheduler,
+    generated: list[torch.Tensor] | None = None,
 ) -> None:
-    """Make `save_state` and `load_state` cover the schedule, and the UNet and its average as diffusers folders."""
+    """Make `save_state` and `load_state` cover the schedule, and the UNet and its average as diffusers folders.
+
+    With an adapter (`--use_lora`) the adapter stands for the UNet: `lora` and `lora_ema` are what
+    `pipe.load_lora_weights` reads. `generated` is what every process on its own still has to use: latents of weights
+    that are gone (`--generation_reuse`); they are read back into that same list.
+    """
+    lora = hasattr(unet, "peft_config")
 
     def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         weights.clear()  # accelerate would otherwise write a second copy of them
-        if accelerator.is_main_process:
+        if generated:
+            torch.save(generated, os.path.join(output_dir, GENERATED_FILE.format(accelerator.process_index)))
+        if not accelerator.is_main_process:
+            return
+        if not lora:
             unet.save_pretrained(os.path.join(output_dir, "unet"))
             if ema is not None:
                 ema.save_pretrained(os.path.join(output_dir, "unet_ema"))
+            return
+        save_lora(unet, os.path.join(output_dir, "lora"))
+        if ema is not None:
+            with averaged_weights(unet, ema):
+                save_lora(unet, os.path.join(output_dir, "lora_ema"))
+            torch.save(ema.state_dict(), os.path.join(output_dir, "lora_ema", EMA_STATE_FILE))
 
     def load(models: list[torch.nn.Module], input_dir: str) -> None:
         models.clear()
-        saved = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet", dtype=torch.float32)
-        unet.load_state_dict(saved.state_dict())
+        pending = os.path.join(input_dir, GENERATED_FILE.format(accelerator.process_index))
+        if generated is not None and os.path.exists(pending):
+            generated[:] = torch.load(pending, map_location=accelerator.device, weights_only=True)
+        if not os.path.isdir(os.path.join(input_dir, "lora" if lora else "unet")):
+            written, remedy = ("without", "leave the flag out") if lora else ("with", "add the flag")
+            raise UserError(f"--use_lora: {input_dir} was written {written} it; {remedy}, or start a new run")
+        if lora:
+            load_lora(unet, os.path.join(input_dir, "lora"))
+        else:
+            saved = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet", dtype=torch.float32)
+            unet.load_state_dict(saved.state_dict())
         if ema is None:
             return
-        folder = os.path.join(input_dir, "unet_ema")
+        folder = os.path.join(input_dir, "lora_ema" if lora else "unet_ema")
         if not os.path.isdir(folder):
             raise UserError(f"--use_ema: {input_dir} was written without it; leave the flag out, or start a new run")
-        ema.load_state_dict(EMAModel.from_pretrained(folder, UNet2DConditionModel).state_dict())
+        if lora:
+            ema.load_state_dict(torch.load(os.path.join(folder, EMA_STATE_FILE), weights_only=True))
+        else:
+            ema.load_state_dict(EMAModel.from_pretrained(folder, UNet2DConditionModel).state_dict())
         ema.to(accelerator.device)
 
     accelerator.register_for_checkpointing(lr_scheduler)

@@ -1,11 +1,13 @@
-"""Image-text data: loading, cropping, and latents and text embeddings computed once and kept on disk.
+"""Training data: loading, cropping, and latents and text embeddings computed once and kept on disk.
 
-`load_captioned_images` finds the data set, `cache_latents_and_embeddings` encodes it, and the `CachedData` it returns
-is read by (row, draw number), as `sharpening.draws.DrawSampler` counts them. A data set may be larger than memory:
-images pass through in batches, and whatever is kept lies in Arrow files that are memory-mapped. What stays in memory
-is about 100 bytes per distinct caption while the embeddings are written.
+`load_captioned_images` finds a data set and `cache_latents_and_embeddings` encodes it; `load_prompts` and
+`cache_embeddings` do the same for prompts without images. The `CachedData` that comes out is read by (row, draw
+number), as `sharpening.draws.DrawSampler` counts them. A data set may be larger than memory: images pass through in
+batches, and whatever is kept lies in Arrow files that are memory-mapped. What stays in memory is about 100 bytes per
+distinct caption while the embeddings are written, and prompts themselves.
 """
 
+import csv
 import errno
 import glob
 import hashlib
@@ -18,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import fsspec
@@ -69,6 +71,115 @@ def load_captioned_images(
     Raises:
         UserError: no such data, no train split, no rows, a missing column, or a caption that is no text.
     """
+    dataset = _load(dataset_name, dataset_config_name, train_data_dir, cache_dir)
+    dataset = _with_columns(dataset, {"--image_column": image_column, "--caption_column": caption_column})
+    dataset = _undecoded(dataset, image_column)
+    if max_train_samples is not None and max_train_samples < len(dataset):
+        # In memory: an indices file written beside the data would look like changed data to the next run.
+        dataset = dataset.shuffle(seed=seed, keep_in_memory=True).select(range(max_train_samples))
+    for _ in _captions(dataset, caption_column, "checking captions"):
+        pass
+    return dataset
+
+
+class Prompts(NamedTuple):
+    """Prompts to train on without images, and how they came about in one line."""
+
+    dataset: datasets.Dataset  # one column, "prompt": distinct, one line each, not empty
+    description: str
+
+
+def load_prompts(
+    *,
+    prompts_file: str | None,
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    train_data_dir: str | None,
+    caption_column: str,
+    max_train_samples: int | None,
+    seed: int,
+    cache_dir: str | None,
+) -> Prompts:
+    """Prompts from a file or from the caption column of a data set, whose images are not read.
+
+    A prompt of several lines becomes one line; empty ones and repetitions are left out; the description counts them.
+
+    Args:
+        prompts_file: a text file with a prompt on each line, or csv or jsonl with the column `caption_column`; UTF-8.
+            The other arguments are as for `load_captioned_images`.
+
+    Raises:
+        UserError: no such file or data, no such column, something that is no text, or no prompt at all.
+    """
+    if prompts_file:
+        captions = _read_prompts(Path(prompts_file).expanduser(), caption_column)
+        name = prompts_file
+    else:
+        dataset = _load(dataset_name, dataset_config_name, train_data_dir, cache_dir)
+        dataset = _with_columns(dataset, {"--caption_column": caption_column})
+        column = dataset.with_format("arrow")
+        tables = column.iter(batch_size=1000)
+        captions = (caption for table in tables for caption in table.column(0).to_pylist())
+        name = dataset_name or train_data_dir
+    prompts: dict[str, None] = {}
+    counts = dict.fromkeys(("read", "empty", "repeated", "joined"), 0)
+    for row, value in enumerate(captions):
+        for caption in value if isinstance(value, list) else [value]:
+            if not (caption is None or isinstance(caption, str)):
+                raise UserError(
+                    f"--caption_column '{caption_column}' holds {_shortened(caption)} in row {row} of {name}, not a "
+                    "text; mend or remove that row, or name another column."
+                )
+            lines = [line.strip() for line in (caption or "").splitlines() if line.strip()]
+            prompt = " ".join(lines)
+            counts["read"] += 1
+            counts["joined"] += len(lines) > 1
+            counts["empty"] += not prompt
+            counts["repeated"] += prompt in prompts
+            if prompt:
+                prompts[prompt] = None
+    if not prompts:
+        raise UserError(f"'{name}' holds no prompt; give one prompt a line, or name the column by --caption_column.")
+    kept = datasets.Dataset.from_dict({"prompt": list(prompts)})
+    if max_train_samples is not None and max_train_samples < len(kept):
+        kept = kept.shuffle(seed=seed).select(range(max_train_samples))
+    description = (
+        f"{len(kept)} prompts of {name} ({counts['read']} read: {counts['empty']} empty and {counts['repeated']} "
+        f"repeated left out, {counts['joined']} of several lines joined)"
+    )
+    return Prompts(kept, description)
+
+
+def _read_prompts(path: Path, caption_column: str) -> Iterator[Any]:
+    """The prompts of a file, unchecked, one at a time."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+            if path.suffix == ".csv":
+                rows: Iterator[Any] = csv.DictReader(file)
+            elif path.suffix == ".jsonl":
+                rows = (json.loads(line) for line in file if line.strip())
+            else:
+                yield from file
+                return
+            for number, row in enumerate(rows, 1):
+                if not isinstance(row, dict) or caption_column not in row:
+                    known = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                    raise UserError(
+                        f"--prompts_file {path} has no '{caption_column}' in row {number}, only {known}; name the "
+                        "column by --caption_column."
+                    )
+                yield row[caption_column]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"--prompts_file {path} cannot be read ({_reason(error)}); give a UTF-8 text file with a prompt on each "
+            "line, or csv or jsonl."
+        ) from error
+
+
+def _load(
+    dataset_name: str | None, dataset_config_name: str | None, train_data_dir: str | None, cache_dir: str | None
+) -> datasets.Dataset:
+    """The training split of whatever the flags name, not empty."""
     flag, name = ("--train_data_dir", train_data_dir) if train_data_dir else ("--dataset_name", dataset_name)
     try:
         if train_data_dir:
@@ -85,12 +196,6 @@ def load_captioned_images(
         ) from error
     if len(dataset) == 0:
         raise UserError(f"{flag} '{name}' holds no rows; give a data set whose train split is not empty.")
-    dataset = _two_columns(dataset, image_column, caption_column)
-    if max_train_samples is not None and max_train_samples < len(dataset):
-        # In memory: an indices file written beside the data would look like changed data to the next run.
-        dataset = dataset.shuffle(seed=seed, keep_in_memory=True).select(range(max_train_samples))
-    for _ in _captions(dataset, caption_column, "checking captions"):
-        pass
     return dataset
 
 
@@ -141,18 +246,19 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _two_columns(dataset: datasets.Dataset, image_column: str, caption_column: str) -> datasets.Dataset:
-    """Only the two columns, the image one cast so that reading a row does not decode it."""
-    if not {image_column, caption_column} <= set(dataset.column_names):
+def _with_columns(dataset: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
+    """Only the columns that the flags (flag -> column) name."""
+    if not set(columns.values()) <= set(dataset.column_names):
         dataset = dataset.flatten()  # members of a struct become columns: json.caption
-    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+    for flag, column in columns.items():
         if column not in dataset.column_names:
             existing = ", ".join(dataset.column_names)
             raise UserError(f"{flag} '{column}' is not a column of the data set; choose one of: {existing}.")
-    return _undecoded(dataset.select_columns(list({image_column: 0, caption_column: 0})), image_column)
+    return dataset.select_columns(list(dict.fromkeys(columns.values())))
 
 
 def _undecoded(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:
+    """The same rows, reading one of which does not decode its image."""
     feature = dataset.features[image_column]
     encoded_types = ("binary", "large_binary", "string", "large_string")
     is_encoded = isinstance(feature, datasets.Value) and feature.dtype in encoded_types
@@ -292,7 +398,7 @@ def cache_latents_and_embeddings(
         UserError: an unreadable image, an encoder result that is not finite, or a cache folder that takes no files.
     """
     dataset = _undecoded(dataset, image_column)
-    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "diffusion_sharpening"
+    root = _cache_root(cache_dir)
     crop = {"resolution": resolution, "center_crop": center_crop, "random_flip": random_flip}
     latents_key = {
         **_models(key, but="text"),
@@ -302,15 +408,49 @@ def cache_latents_and_embeddings(
         "dataset": dataset._fingerprint,
         "files": _file_stamps(dataset, image_column),
     }
-    embeddings_key = {**_models(key, but="vae"), "captions": _caption_digest(dataset, caption_column)}
     prepare = partial(_prepare, dataset, image_column, seed=seed, **crop)
     fill_latents = partial(_write_latents, dataset, image_column, prepare, encode_images, batch_size, dtype)
-    fill_embeddings = partial(_write_embeddings, dataset, caption_column, encode_prompts, batch_size, dtype)
-    return CachedData(
-        _cached(root, "latents", {**latents_key, "dtype": str(dtype)}, fill_latents),
-        _cached(root, "embeddings", {**embeddings_key, "dtype": str(dtype)}, fill_embeddings),
-        seed,
-    )
+    latents = _cached(root, "latents", {**latents_key, "dtype": str(dtype)}, fill_latents)
+    embeddings = _cached_embeddings(root, dataset, caption_column, encode_prompts, batch_size, key, dtype)
+    return CachedData(embeddings, seed, latents)
+
+
+def cache_embeddings(
+    prompts: datasets.Dataset,
+    *,
+    encode_prompts: EncodePrompts,
+    batch_size: int,
+    key: Mapping[str, str],
+    seed: int,
+    cache_dir: str | None,
+    dtype: torch.dtype,
+) -> "CachedData":
+    """Encode every prompt once, unless an earlier call already did; see `cache_latents_and_embeddings`.
+
+    Raises:
+        UserError: an encoder result that is not finite, or a cache folder that takes no files.
+    """
+    root = _cache_root(cache_dir)
+    return CachedData(_cached_embeddings(root, prompts, "prompt", encode_prompts, batch_size, key, dtype), seed)
+
+
+def _cache_root(cache_dir: str | None) -> Path:
+    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "diffusion_sharpening"
+
+
+def _cached_embeddings(
+    root: Path,
+    dataset: datasets.Dataset,
+    caption_column: str,
+    encode_prompts: EncodePrompts,
+    batch_size: int,
+    key: Mapping[str, str],
+    dtype: torch.dtype,
+) -> Path:
+    captions = _caption_digest(dataset, caption_column)
+    parts = {**_models(key, but="vae"), "captions": captions, "dtype": str(dtype)}
+    fill = partial(_write_embeddings, dataset, caption_column, encode_prompts, batch_size, dtype)
+    return _cached(root, "embeddings", parts, fill)
 
 
 def _models(key: Mapping[str, str], but: str) -> dict[str, str]:
@@ -549,19 +689,20 @@ def _to_bytes(tensor: Tensor) -> bytes:
 
 # -------------------------------------------------------------------------------------------------- READING BACK
 class CachedData(torch.utils.data.Dataset):
-    """The encoded data set, read by (row, draw number) from memory-mapped files."""
+    """The encoded data set, read by (row, draw number) from memory-mapped files; prompts alone have no latents."""
 
-    def __init__(self, latents: Path, embeddings: Path, seed: int):
-        about = [json.loads((folder / "about.json").read_text()) for folder in (latents, embeddings)]
-        self.shapes: dict[str, list[int]] = about[0]["shapes"] | about[1]["shapes"]
+    def __init__(self, embeddings: Path, seed: int, latents: Path | None = None):
+        folders = [embeddings] if latents is None else [embeddings, latents]
+        about = [json.loads((folder / "about.json").read_text()) for folder in folders]
+        self.shapes: dict[str, list[int]] = {name: shape for part in about for name, shape in part["shapes"].items()}
         self.dtype: torch.dtype = getattr(torch, about[0]["dtype"].removeprefix("torch."))
         self.seed = seed
-        self.latents = datasets.Dataset.from_file(str(latents / "rows.arrow"))
+        self.latents = None if latents is None else datasets.Dataset.from_file(str(latents / "rows.arrow"))
         self.captions_of_rows = datasets.Dataset.from_file(str(embeddings / "rows.arrow"))
         self.captions = datasets.Dataset.from_file(str(embeddings / "captions.arrow"))
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.captions_of_rows)
 
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
         """One draw of one row, alike in every process and worker.
@@ -570,22 +711,24 @@ class CachedData(torch.utils.data.Dataset):
             draw: (row, draw number); of a row with several captions, (seed, draw number) chooses one.
 
         Returns:
-            `latents` (4, h, w), `prompt_embeds` (77, D) and `pooled_prompt_embeds` (P,) in the stored dtype,
-            `time_ids` (6,) float32 as of `crop_and_resize`, `caption` str and `draw` int.
+            `prompt_embeds` (77, D) and `pooled_prompt_embeds` (P,) in the stored dtype, `caption` str and `draw` int;
+            of images also `latents` (4, h, w) in that dtype and `time_ids` (6,) float32 as of `crop_and_resize`.
         """
         row, number = draw
-        stored = self.latents[row]
         choices: Sequence[int] = self.captions_of_rows[row]["captions"]
         choice = torch.randint(len(choices), (), generator=draw_generator(self.seed, number, "caption"))
         caption = self.captions[choices[int(choice)]]
-        return {
-            "latents": self._tensor("latents", stored),
+        result = {
             "prompt_embeds": self._tensor("prompt_embeds", caption),
             "pooled_prompt_embeds": self._tensor("pooled_prompt_embeds", caption),
-            "time_ids": torch.tensor(stored["time_ids"], dtype=torch.float32),
             "caption": caption["caption"],
             "draw": number,
         }
+        if self.latents is not None:
+            stored = self.latents[row]
+            result["latents"] = self._tensor("latents", stored)
+            result["time_ids"] = torch.tensor(stored["time_ids"], dtype=torch.float32)
+        return result
 
     def _tensor(self, name: str, stored: Mapping[str, Any]) -> Tensor:
         return torch.frombuffer(bytearray(stored[name]), dtype=self.dtype).reshape(self.shapes[name])
@@ -593,10 +736,8 @@ class CachedData(torch.utils.data.Dataset):
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A batch of B rows of `CachedData`: tensors stacked, `caption` list[str] of length B, `draw` (B,) int64."""
-    batch: dict[str, Any] = {
-        name: torch.stack([row[name] for row in rows])
-        for name in ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")
-    }
+    tensors = [name for name, value in rows[0].items() if isinstance(value, Tensor)]
+    batch: dict[str, Any] = {name: torch.stack([row[name] for row in rows]) for name in tensors}
     batch["caption"] = [row["caption"] for row in rows]
     batch["draw"] = torch.tensor([row["draw"] for row in rows], dtype=torch.int64)
     return batch

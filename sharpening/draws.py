@@ -90,6 +90,12 @@ def draw_branches(
     return Branches(torch.stack(eps), torch.cat(t), torch.cat(dropped))
 
 
+def draw_noise(args: Namespace, draws: Sequence[int], count: int, shape: Sequence[int]) -> Tensor:
+    """Gaussian noise to generate `count` latents of `shape` (C, h, w) per draw from: (B, count, C, h, w) float32."""
+    generators = [draw_generator(args.seed, int(draw), "generation") for draw in draws]
+    return torch.stack([torch.randn(count, *shape, generator=generator) for generator in generators])
+
+
 def timestep_probabilities(args: Namespace, num_train_timesteps: int) -> Tensor:
     """Probabilities (T,) of a branch's first timestep, from the `--timestep_bias_*` flags.
 

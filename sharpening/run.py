@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
@@ -65,32 +67,52 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
 
 
 def describe(
-    args: Namespace, source: Source, num_rows: int, world_size: int, steps_per_epoch: int, num_steps: int
+    args: Namespace,
+    source: Source,
+    accelerator: Accelerator,
+    data: str,
+    cost: Mapping[str, float],
+    steps_per_epoch: int,
+    num_steps: int,
+    reference: bool = False,
 ) -> str:
     """The resolved run as text: rows and forwards per optimizer step, length, and an estimate of the memory held.
 
-    The estimate counts what is always resident per process: float32 weights and gradients, the optimizer's states and
-    the average. Activations, the frozen models and the batch come on top; neither grows with n or m.
+    Args:
+        data: what is trained on, e.g. "200 rows of NAME".
+        cost: rows that one process puts through the UNet in an optimizer step, by purpose, and through the decoder by
+            the purpose "decode".
+        reference: a frozen copy of the UNet is held.
+
+    The estimate counts what is always resident per process: the UNet's weights, gradients, the optimizer's states, the
+    average and the reference. Activations, the other frozen models and the batch come on top; none grows with n or m.
     """
-    n, m = args.num_noisy_latents, args.trajectory_nums
-    prompts = args.train_batch_size * args.gradient_accumulation_steps
-    guided = 1 if args.branch_guidance_scale == 1 else 2
-    parameters = count_unet_parameters(source)
-    per_parameter = {"weights": 4, "gradients": 4, "Adam": 2 if args.use_8bit_adam else 8, "EMA": 4 * args.use_ema}
-    parts = " + ".join(f"{name} {parameters * size / 2**30:.2f}" for name, size in per_parameter.items() if size)
+    world_size = accelerator.num_processes
+    forwards = [f"{rows:g} rows to {purpose}" for purpose, rows in cost.items() if purpose != "decode"]
+    total, trained = count_unet_parameters(args, source)
+    half = 4 if weight_dtype(accelerator) == torch.float32 else 2
+    held = {
+        "weights": (total - trained) * half + trained * 4,
+        "gradients": trained * 4,
+        "Adam": trained * (2 if args.use_8bit_adam else 8),
+        "EMA": trained * 4 * args.use_ema,
+        "reference": total * half * reference,
+    }
+    parts = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
+    training = f", LoRA of rank {args.lora_rank}: {trained / 1e6:.1f}M train" if args.use_lora else ""
     lines = {
-        "model": f"{source.name}, UNet of {parameters / 1e6:.1f}M parameters",
-        "data": f"{num_rows} rows of {args.dataset_name or args.train_data_dir}",
+        "model": f"{source.name}, UNet of {total / 1e6:.1f}M parameters{training}",
+        "data": data,
         "reward": args.reward_model,
-        "preset": f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)",
-        "rows per step": f"{prompts * world_size} = {args.train_batch_size} per batch x "
-        f"{args.gradient_accumulation_steps} accumulated x {world_size} processes",
-        "forwards per step": f"{prompts * n * m * guided} rows to score, {prompts * m * guided} rows to train, "
-        "per process",
-        "decodes per step": f"{prompts * n * m}, per process",
+        "preset": f"{args.preset} (n = {args.num_noisy_latents} branches, m = {args.trajectory_nums} steps of "
+        f"{args.infer_steps} per trajectory)",
+        "rows per step": f"{args.train_batch_size * args.gradient_accumulation_steps * world_size} = "
+        f"{args.train_batch_size} per batch x {args.gradient_accumulation_steps} accumulated x {world_size} processes",
+        "forwards per step": f"{', '.join(forwards)}, per process",
+        "decodes per step": f"{cost['decode']:g}, per process",
         "steps": f"{num_steps}, {steps_per_epoch} per epoch, {num_steps / steps_per_epoch:.2f} epochs",
-        "memory held": f"{parameters * sum(per_parameter.values()) / 2**30:.2f} GiB per process "
-        f"({parts}), without activations and frozen models",
+        "memory held": f"{sum(held.values()) / 2**30:.2f} GiB per process ({parts}), without activations and other "
+        "frozen models",
         "output": args.output_dir,
     }
     return "\n".join(f"{name:>18}  {value}" for name, value in lines.items())
@@ -116,7 +138,7 @@ def start_trackers(accelerator: Accelerator, args: Namespace, run_id: str) -> No
         ) from error
 
 
-def make_optimizer(unet: UNet2DConditionModel, args: Namespace, world_size: int) -> Optimizer:
+def make_optimizer(parameters: list[Parameter], args: Namespace, world_size: int) -> Optimizer:
     """AdamW, or its 8-bit version from bitsandbytes."""
     learning_rate = args.learning_rate
     if args.scale_lr:
@@ -131,7 +153,7 @@ def make_optimizer(unet: UNet2DConditionModel, args: Namespace, world_size: int)
             ) from error
         optimizer_class = AdamW8bit
     return optimizer_class(
-        unet.parameters(),
+        parameters,
         lr=learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -139,9 +161,11 @@ def make_optimizer(unet: UNet2DConditionModel, args: Namespace, world_size: int)
     )
 
 
-def make_ema(unet: UNet2DConditionModel, args: Namespace, device: torch.device) -> EMAModel:
-    """An exponential moving average of the weights, warmed up from the first step on."""
-    ema = EMAModel(unet.parameters(), decay=args.ema_decay, model_cls=UNet2DConditionModel, model_config=unet.config)
+def make_ema(
+    unet: UNet2DConditionModel, parameters: list[Parameter], args: Namespace, device: torch.device
+) -> EMAModel:
+    """An exponential moving average of the weights that train, warmed up from the first step on."""
+    ema = EMAModel(parameters, decay=args.ema_decay, model_cls=UNet2DConditionModel, model_config=unet.config)
     ema.to(device)
     return ema
 

@@ -2,20 +2,23 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
 from huggingface_hub import hf_hub_download
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sharpening.arguments import looks_local
-from sharpening.errors import UserError
+from sharpening.errors import UserError, first_line
 from sharpening.trajectory import Guide, Predict, classifier_free_guidance
 
 
@@ -208,15 +211,35 @@ def _load_decoder(
     return model.requires_grad_(False).eval().to(device)
 
 
-def load_unet(args: Namespace, source: Source, device: torch.device) -> UNet2DConditionModel:
-    """The trainable UNet with float32 master weights (mixed precision autocasts its forward), memory flags applied.
+def load_unet(args: Namespace, source: Source, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+    """The trainable UNet, whose forward mixed precision autocasts, with the memory flags applied.
+
+    Full fine-tuning keeps float32 master weights. With `--use_lora` the base is frozen in `dtype` and only the float32
+    adapter trains; it begins as the identity.
 
     Raises:
         UserError: the attention implementation asked for cannot run here.
     """
-    unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32).to(device).train()
+    unet = source.load(UNet2DConditionModel, "unet", dtype=dtype if args.use_lora else torch.float32)
+    unet = unet.to(device).train()
+    if args.use_lora:
+        unet.requires_grad_(False)
+        unet.add_adapter(lora_config(args))
+        cast_training_params(unet, torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    return _with_attention(args, unet)
+
+
+def load_frozen_unet(
+    args: Namespace, source: Source, device: torch.device, dtype: torch.dtype
+) -> UNet2DConditionModel:
+    """A copy of the UNet that never trains, in `dtype`: the reference of full fine-tuning. Call it under autocast."""
+    unet = source.load(UNet2DConditionModel, "unet", dtype=dtype).requires_grad_(False).eval().to(device)
+    return _with_attention(args, unet)
+
+
+def _with_attention(args: Namespace, unet: UNet2DConditionModel) -> UNet2DConditionModel:
     for flag in ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"):
         if not getattr(args, flag):
             continue
@@ -228,6 +251,64 @@ def load_unet(args: Namespace, source: Source, device: torch.device) -> UNet2DCo
                 "PyTorch's own attention is used then"
             ) from error
     return unet
+
+
+def lora_config(args: Namespace) -> LoraConfig:
+    """The adapter of `--use_lora`, on every attention's projections, where diffusers' SDXL LoRA trainer puts it."""
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha or args.lora_rank,
+        init_lora_weights="gaussian",
+        target_modules=["to_k", "to_q", "to_v", "to_out.0"],
+    )
+
+
+def trainable_parameters(unet: UNet2DConditionModel) -> list[nn.Parameter]:
+    """What the optimizer moves: all weights, or those of the adapter."""
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def reference_unet(unet: UNet2DConditionModel, frozen: UNet2DConditionModel | None) -> Iterator[UNet2DConditionModel]:
+    """The UNet as it was before training: its frozen copy or, without one, itself with the adapter switched off."""
+    if frozen is not None:
+        yield frozen
+        return
+    unet.disable_adapters()
+    try:
+        yield unet
+    finally:
+        unet.enable_adapters()
+
+
+def save_lora(unet: UNet2DConditionModel, folder: str | Path) -> None:
+    """Write the adapter so that `pipe.load_lora_weights(folder)` applies it, with the scale of its `--lora_alpha`."""
+    StableDiffusionXLPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        # Without it the alpha would be read back as equal to the rank.
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+
+
+def load_lora(unet: UNet2DConditionModel, folder: str | Path) -> None:
+    """Put the adapter that `save_lora` wrote into a UNet that has one of the same shape.
+
+    Raises:
+        UserError: the folder holds no adapter, or one of another shape.
+    """
+    try:
+        state, _ = StableDiffusionXLPipeline.lora_state_dict(folder)
+        saved = {name.removeprefix("unet."): value for name, value in state.items()}
+        missing = set(get_peft_model_state_dict(unet)) ^ set(saved)
+        if missing:
+            raise ValueError(f"it differs in {min(missing)}")
+        set_peft_model_state_dict(unet, saved)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--use_lora: {folder} holds no adapter that fits ({first_line(error)}); continue with the flags that "
+            "the checkpoint was written with"
+        ) from error
 
 
 @torch.no_grad()
@@ -281,8 +362,12 @@ def default_time_ids(rows: int, size: int, device: torch.device) -> Tensor:
     return torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32, device=device).expand(rows, -1)
 
 
-def count_unet_parameters(source: Source) -> int:
-    """The size of the UNet from its config alone, no weight read or allocated."""
+def count_unet_parameters(args: Namespace, source: Source) -> tuple[int, int]:
+    """How many parameters the UNet has and how many train, from its config alone, no weight read or allocated."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(source.read_json("unet/config.json"))
-    return sum(parameter.numel() for parameter in unet.parameters())
+        total = sum(parameter.numel() for parameter in unet.parameters())
+        if args.use_lora:
+            unet.requires_grad_(False)
+            unet.add_adapter(lora_config(args))
+    return total, sum(parameter.numel() for parameter in trainable_parameters(unet))

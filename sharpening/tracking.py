@@ -1,9 +1,11 @@
 """Metrics, images and curves of a run."""
 
 import json
+import logging
 import math
 import resource
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from sharpening.trajectory import Schedule, Scores, Selection
+from sharpening.trajectory import Preference, Schedule, Scores, Selection
+
+logger = logging.getLogger(__name__)
 
 
 class Means:
@@ -39,8 +43,8 @@ class Means:
         return {name: total / count for name, (total, count) in zip(names, stacked, strict=True) if count}
 
 
-def add_rewards(means: Means, scores: Scores, selection: Selection, t: Tensor, schedule: Schedule) -> None:
-    """Add the reward curves of a scored batch of B prompts; t (B,) is where their branches start.
+def add_rewards(means: Means, scores: Scores, selection: Selection, t: Tensor | None, schedule: Schedule) -> None:
+    """Add the reward curves of a scored batch of B prompts; t (B,) is where their branches start, if it matters.
 
     `reward/spread` is the standard deviation over a prompt's branches (the band of the paper's figure 6).
     `reward/timesteps_q1` to `_q4` are the mean reward of branches by the quarter of the training timesteps in which
@@ -60,9 +64,85 @@ def add_rewards(means: Means, scores: Scores, selection: Selection, t: Tensor, s
     means.add("reward/failure_rate", ~scored)
     for name, values in scores.components.items():
         means.add(f"reward/component/{name}", values, scores.active & ~values.isnan())
+    if t is None:
+        return
     quarter = t * 4 // schedule.num_train_timesteps  # (B,)
     for index in range(4):
         means.add(f"reward/timesteps_q{index + 1}", branch, scored & (quarter == index)[:, None])
+
+
+def add_preference(
+    means: Means, preference: Preference, rewards: Tensor, decided: Tensor, divergence: Tensor, active: Tensor
+) -> None:
+    """Add the curves of B preference pairs; rewards (B, 2), best first, and decided (B,) as in `preference_loss`.
+
+    `preference/accuracy` is the share of pairs in which the model, measured against the reference, fits the better
+    branch better (a half where both fit alike), `preference/logits` the mean argument of the log-sigmoid,
+    `preference/log_ratio_best` and `_worst` the two surrogates of `log p_theta / p_ref` whose difference it scales.
+    `preference/kl` is the mean squared difference of the two models' outputs on the states of the pairs: the KL
+    divergence of one denoising step from the reference's, up to the schedule's factor. divergence holds it, (2 B, k),
+    for the first k steps; active (2 B, m).
+    """
+    best, worst = preference.log_ratios.T
+    means.add("loss", preference.loss, decided)
+    means.add("preference/accuracy", (best > worst).float() + 0.5 * (best == worst), decided)
+    means.add("preference/logits", preference.logits, decided)
+    means.add("preference/log_ratio_best", best, decided)
+    means.add("preference/log_ratio_worst", worst, decided)
+    means.add("preference/kl", divergence, active[:, : divergence.shape[1]])
+    means.add("reward/margin", rewards[:, 0] - rewards[:, 1], decided)
+
+
+class Watch:
+    """Says once what a person would otherwise find out too late: that a run is learning nothing."""
+
+    FLAT_STEPS = 20  # steps in a row in which no prompt's branches differ in reward
+    IDLE_STEPS = 20  # steps after which some parameter must have moved
+    CHANCE_STEPS = 100  # steps over which the accuracy is averaged; the first ones are a coin's by construction
+    CHANCE = 0.52
+
+    def __init__(self, args: Namespace, parameters: Sequence[Tensor]):
+        self.branches = args.num_noisy_latents
+        self.flat = self.steps = 0
+        self.accuracies: list[float] = []
+        self.said: set[str] = set()
+        # A few entries of each: Adam moves every entry that has a gradient.
+        self.before = self._entries(parameters)
+
+    @staticmethod
+    def _entries(parameters: Sequence[Tensor]) -> list[Tensor]:
+        return [parameter.detach().flatten()[:64].clone() for parameter in parameters]
+
+    def check(self, metrics: Mapping[str, float], parameters: Sequence[Tensor]) -> None:
+        """Look at a finished optimizer step: its metrics, and the parameters after it."""
+        self.steps += 1
+        self.flat = self.flat + 1 if metrics.get("reward/tie_rate") == 1 else 0
+        self.accuracies += [metrics["preference/accuracy"]] if "preference/accuracy" in metrics else []
+        if self.flat == self.FLAT_STEPS and self.branches > 1:
+            self._warn(
+                f"in {self.flat} steps no two branches of a prompt earned different rewards, so nothing is being "
+                "selected: look at the images in --output_dir, and try --reward_model on them by `python reward.py`"
+            )
+        recent = self.accuracies[-self.CHANCE_STEPS :]
+        if len(recent) == self.CHANCE_STEPS and sum(recent) / len(recent) < self.CHANCE:
+            self._warn(
+                f"over the last {len(recent)} steps the model preferred the better branch no more often than a coin "
+                "would (preference/accuracy): raise --learning_rate or the rows per step, or see in the README when "
+                "--reward_on sample helps"
+            )
+        if self.steps == self.IDLE_STEPS:
+            if all(map(torch.equal, self.before, self._entries(parameters))):
+                self._warn(
+                    f"no parameter changed in {self.steps} steps: the gradient was zero or skipped each time; look at "
+                    "grad_norm, lr and reward/tie_rate, and with --mixed_precision fp16 try bf16"
+                )
+            self.before = []
+
+    def _warn(self, message: str) -> None:
+        kind = message.split(":")[-1]
+        if kind not in self.said:
+            self.said.add(kind)
+            logger.warning(message)
 
 
 def peak_memory_gib(device: torch.device) -> float:

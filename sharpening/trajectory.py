@@ -115,6 +115,9 @@ class Step(NamedTuple):
     x0_hat: Tensor  # (R, ...) the clean estimate on the sampler's (guided) direction
     active: Tensor  # (R,) bool: False once the row has stepped below t = 0
 
+    def rows(self, index: Tensor) -> "Step":
+        return Step(*(part[index] for part in self))
+
 
 def walk(
     predict: Predict,
@@ -190,6 +193,24 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().flatten(1).mean(1)
 
 
+def branch_error(
+    schedule: Schedule,
+    step: Step,
+    output: Tensor,
+    x_0: Tensor,
+    eps: Tensor,
+    kind: Literal["noise", "consistent"],
+    snr_gamma: float | None,
+) -> Tensor:
+    """How far a model's output (R, ...) at one step of a branch is from the branch's target, (R,).
+
+    The model need not be the one that walked the branch: a reference is measured on the same states. `snr_gamma`
+    weighs the error by Min-SNR-gamma.
+    """
+    error = squared_error(output, branch_target(schedule, step, x_0, eps, kind))
+    return error if snr_gamma is None else error * schedule.min_snr_weight(step.t, snr_gamma)
+
+
 def masked_mean(values: Tensor, active: Tensor) -> Tensor:
     """Mean over the last axis, counting active entries only: (..., m) -> (...). Inactive values may be anything."""
     return torch.where(active, values, 0).sum(-1) / active.sum(-1)
@@ -199,9 +220,10 @@ class Scores(NamedTuple):
     """What the score pass learned about R branches of m steps."""
 
     rewards: Tensor  # (R, m) float32 on the CPU; 0 where inactive, NaN where the reward failed and was told to skip
-    components: dict[str, Tensor]  # name -> (R, m), the raw value of every component of the reward, likewise
+    components: dict[str, Tensor]  # name -> (R, m), the raw value of every component of the reward, NaN without one
     active: Tensor  # (R, m) bool on the CPU
     last_estimate: Tensor  # (R, ...) the clean estimate of every branch's last active step
+    path: list[Step]  # the m steps of all R branches, if they were to be kept; else empty
 
 
 @torch.no_grad()
@@ -213,20 +235,25 @@ def score_branches(
     t: Tensor,
     steps: int,
     batch_size: int,
+    keep_path: bool = False,
 ) -> Scores:
     """Walk all branches x_t (R, ...) from t (R,) without gradient and judge the clean estimate of every active step.
 
-    `batch_size` branches are walked at a time, so memory grows neither with n nor with m. `model(rows)` gives the
+    `batch_size` branches are walked at a time, so activations grow neither with n nor with m. `model(rows)` gives the
     callables of `walk` for some rows, `judge(x0_hat, rows)` their total reward (r,) and its components; rows is a
-    tensor of indices into the R branches.
+    tensor of indices into the R branches. `keep_path` keeps three latents for each step of each branch.
     """
     rewards = torch.zeros(len(x_t), steps)
     active = torch.zeros(len(x_t), steps, dtype=torch.bool)
     components: dict[str, Tensor] = {}
     last_estimate = torch.zeros_like(x_t)
+    slices: list[list[Step]] = []
     for rows in torch.arange(len(x_t)).split(batch_size):
         predict, guide = model(rows)
+        slices.append([])
         for k, point in enumerate(walk(predict, schedule, x_t[rows], t[rows], steps, guide)):
+            if keep_path:
+                slices[-1].append(point)
             on = rows[point.active.cpu()]
             if not len(on):
                 break
@@ -234,8 +261,24 @@ def score_branches(
             last_estimate[on] = point.x0_hat[point.active]
             rewards[on, k], parts = judge(last_estimate[on], on)
             for name, values in parts.items():
-                components.setdefault(name, torch.zeros(len(x_t), steps))[on, k] = values
-    return Scores(rewards, components, active, last_estimate)
+                components.setdefault(name, torch.full((len(x_t), steps), torch.nan))[on, k] = values
+        if keep_path:  # the last point is one without an active row if the walk ended early
+            slices[-1] += [slices[-1][-1]] * (steps - len(slices[-1]))
+    path = [Step(*map(torch.cat, zip(*points, strict=True))) for points in zip(*slices, strict=True)]
+    return Scores(rewards, components, active, last_estimate, path)
+
+
+@torch.no_grad()
+def score_samples(
+    judge: Callable[[Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]], x_0: Tensor, batch_size: int
+) -> Scores:
+    """Judge the clean latents x_0 (R, ...) themselves, `batch_size` at a time: scores of one step, without a path."""
+    rewards, components = torch.zeros(len(x_0), 1), {}
+    for rows in torch.arange(len(x_0)).split(batch_size):
+        rewards[rows, 0], parts = judge(x_0[rows], rows)
+        for name, values in parts.items():
+            components.setdefault(name, torch.full((len(x_0), 1), torch.nan))[rows, 0] = values
+    return Scores(rewards, components, torch.ones(len(x_0), 1, dtype=torch.bool), x_0, [])
 
 
 class Selection(NamedTuple):
@@ -262,3 +305,12 @@ def select(rewards: Tensor, active: Tensor) -> Selection:
     best, worst = as_loser.argmax(1), as_winner.argmin(1)
     tied = scored.any(1) & (as_loser.amax(1) == as_winner.amin(1))
     return Selection(branch_reward, scored, best, worst, tied)
+
+
+class Preference(NamedTuple):
+    """The loss of B pairs and what it asks of the model's errors."""
+
+    loss: Tensor  # (B,)
+    logits: Tensor  # (B,) the argument of the log-sigmoid
+    log_ratios: Tensor  # (B, 2) surrogate of log p_theta / p_ref: best, worst
+    weights: Tensor  # (B, 2, m) derivative of the mean loss by each error; 0 for a pair that says nothing

@@ -25,12 +25,13 @@ def averaged_weights(unet: UNet2DConditionModel, ema: EMAModel | None) -> Iterat
     if ema is None:
         yield
         return
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
+    parameters = sdxl.trainable_parameters(unet)
+    ema.store(parameters)
+    ema.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(unet.parameters())
+        ema.restore(parameters)
 
 
 class Validation:

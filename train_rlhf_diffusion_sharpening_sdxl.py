@@ -1,0 +1,494 @@
+"""RLHF Diffusion-Sharpening of SDXL (Tian et al., arXiv 2502.12146, algorithm 2): prompts in, preference pairs online.
+
+For every prompt:
+    GENERATE  clean latents with the current model, by DDIM, without gradient.
+    SAMPLE    n noises and one timestep t; noise the latents n ways.
+    SCORE     walk m sampling steps from each of the n branches without gradient; reward the clean estimate of each
+              step or, with --reward_on=sample, the generated latents themselves.
+    SELECT    the branches with the largest and the smallest summed reward (eq. 8), prompt by prompt.
+    COMPARE   the model's errors with those of a frozen reference along both branches: the preference loss (eq. 11).
+    TRAIN     walk the pair again; what the loss asks of the error of each step is known by now.
+States along a branch are data and the loss sees the model through its errors alone, so its gradient is a sum over
+steps with known weights: each step is backpropagated on its own, and peak memory grows neither with n nor with m.
+
+    accelerate launch train_rlhf_diffusion_sharpening_sdxl.py --pretrained_model_name_or_path=MODEL \
+        --prompts_file=prompts.txt --reward_model=clip --resolution=512 --train_batch_size=1 --mixed_precision=fp16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from sharpening import arguments
+from sharpening.arguments import parse, require, shared_parser, validate_schedule
+from sharpening.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from sharpening.trajectory import Guide, Predict, Preference, Schedule
+
+PRESETS = {
+    "paper": {
+        **arguments.PRESETS["paper"],
+        "guidance_scale": 5.0,
+        "latents_per_prompt": "1",
+        "reward_margin": "inside",
+        "reference_steps": "all",
+    },
+    "released": {
+        **arguments.PRESETS["released"],
+        "guidance_scale": 1.0,
+        "latents_per_prompt": "n",
+        "reward_margin": "outside",
+        "reference_steps": "first",
+    },
+}
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The resolved flags of a run.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    parser = shared_parser(__doc__.splitlines()[0])
+    parser.set_defaults(method="RLHF")
+    g = parser.add_argument_group("prompts and generation (RLHF)")
+    g.add_argument("--prompts_file", help="txt with a prompt on each line, csv or jsonl; no images are needed")
+    g.add_argument("--guidance_scale", type=float, help="guidance when generating; unset: 5, preset released: 1")
+    g.add_argument("--latents_per_prompt", choices=["1", "n"], help="latents to branch from; unset: 1, released: n")
+    g.add_argument("--generation_batch_size", type=int, default=8, help="latents per forward when generating")
+    g.add_argument("--generation_reuse", type=int, default=1, help="optimizer steps that one generation serves")
+    g = parser.add_argument_group("preference (RLHF)")
+    g.add_argument(
+        "--reward_on",
+        choices=["trajectory", "sample"],
+        default="trajectory",
+        help="what is judged: the clean estimates along a branch (paper), or the generated latent it starts from",
+    )
+    g.add_argument("--share_noise_in_pair", action="store_true", help="noise all latents of a prompt alike, as in DPO")
+    g.add_argument("--beta_dpo", type=float, default=2500, help="beta of eq. 11, without DPO's factor 1/2")
+    g.add_argument("--reward_margin_scale", type=float, default=1.0, help="scale of the reward margin; 0: without")
+    g.add_argument(
+        "--reward_margin",
+        choices=["inside", "outside"],
+        help="inside the log-sigmoid (eq. 11) or added to the loss, where it has no gradient (released code)",
+    )
+    g.add_argument(
+        "--reference_steps",
+        choices=["all", "first"],
+        help="steps of a branch on which the reference is measured; the model is on all of them",
+    )
+    args = parse(parser, argv, PRESETS)
+    n = args.num_noisy_latents
+    require(n >= 2, f"--num_noisy_latents is {n}, but a preference needs 2 branches or more; raise it")
+    for name in ("generation_batch_size", "generation_reuse"):
+        require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
+    for name in ("guidance_scale", "reward_margin_scale"):
+        require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}, but it must not be negative")
+    require(args.beta_dpo > 0, f"--beta_dpo is {args.beta_dpo}, but it must be above 0")
+    given = {"share_noise_in_pair": args.share_noise_in_pair, "reward_on=sample": args.reward_on == "sample"}
+    for flag, on in given.items():
+        require(
+            args.latents_per_prompt == "n" or not on,
+            f"--{flag} needs branches that start from different latents; add --latents_per_prompt=n",
+        )
+    return args
+
+
+def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
+    """Rows that one process puts through the UNet in an optimizer step, by purpose, and through the decoder.
+
+    With P prompts, n branches of m steps, L latents per prompt of T sampling steps that serve k updates, and 2 rows
+    where guidance is used: P L T / k to generate; P n m to score, or 2 P m if samples are judged; 2 P m for the
+    reference, or 2 P on first steps only; 2 P m to train. Branches that end early, below t = 0, cost less.
+    """
+    prompts = args.train_batch_size * args.gradient_accumulation_steps
+    n, m = args.num_noisy_latents, args.trajectory_nums
+    latents = prompts * (n if args.latents_per_prompt == "n" else 1) / args.generation_reuse
+    guided = 1 if args.branch_guidance_scale == 1 else 2
+    judge_branches = args.reward_on == "trajectory"
+    return {
+        "generate": latents * args.infer_steps * (1 if args.guidance_scale == 1 else 2),
+        "score": prompts * (n if judge_branches else 2) * m * guided,
+        "reference": 2 * prompts * (m if args.reference_steps == "all" else 1),
+        "train": 2 * prompts * m * guided,
+        "decode": prompts * n * m if judge_branches else latents,
+    }
+
+
+def preference_loss(
+    args: argparse.Namespace,
+    errors: Tensor,
+    reference_errors: Tensor,
+    active: Tensor,
+    rewards: Tensor,
+    decided: Tensor,
+) -> Preference:
+    """Equation 11: `-log sigmoid(beta (r_best - r_worst) - scale (R_best - R_worst))` for B pairs.
+
+    `r = -(e_theta - e_ref)` is Diffusion-DPO's surrogate of the log ratio (Wallace et al., arXiv 2311.12908, eq. 14),
+    e the squared error, a mean over elements and over the active steps of a branch. beta multiplies it as it is: 2500
+    here are what `beta_dpo=5000` is in Diffusion-DPO's code, which halves it. R is the mean reward over active steps.
+
+    Shapes: errors, active (B, 2, m), best branch first; reference_errors (B, 2, m), or (B, 2, 1) for the first step
+    only; rewards (B, 2); decided (B,) bool: the pair has two scores that differ. The mean loss, whose derivative
+    `weights` is, counts an undecided pair as 0 and divides by B.
+    """
+    import torch
+    from torch.nn.functional import logsigmoid
+
+    from sharpening.trajectory import Preference, masked_mean
+
+    reference = masked_mean(reference_errors, active[..., : reference_errors.shape[-1]])
+    log_ratios = -(masked_mean(errors, active) - reference)
+    margin = args.reward_margin_scale * torch.where(decided, rewards[:, 0] - rewards[:, 1], 0)
+    logits = args.beta_dpo * (log_ratios[:, 0] - log_ratios[:, 1])
+    if args.reward_margin == "inside":
+        logits = logits - margin
+    loss = -logsigmoid(logits)
+    if args.reward_margin == "outside":
+        loss = loss + margin
+    slope = args.beta_dpo * torch.sigmoid(-logits) * decided / len(decided)  # (B,)
+    share = active / active.sum(-1, keepdim=True)  # (B, 2, m)
+    weights = torch.stack([slope, -slope], 1)[..., None] * share
+    return Preference(loss, logits, log_ratios, weights)
+
+
+def rlhf_losses(
+    args: argparse.Namespace,
+    predict: Predict,
+    guide: Guide | None,
+    schedule: Schedule,
+    x_t: Tensor,
+    t: Tensor,
+    x_0: Tensor,
+    eps: Tensor,
+    weights: Tensor,
+) -> Iterator[Tensor]:
+    """The pairs' branches step by step: yields m scalars whose summed gradient is that of the mean preference loss.
+
+    Shapes: x_t, x_0, eps (R, 4, h, w), the start, latent and noise of each branch; t (R,) where it starts; weights
+    (R, m) of `preference_loss`, taken at the same parameters.
+    """
+    from sharpening.trajectory import branch_error, walk
+
+    path = walk(predict, schedule, x_t, t, weights.shape[1], guide, detach=not args.backprop_through_sampler)
+    for k, point in enumerate(path):
+        errors = branch_error(schedule, point, point.output, x_0, eps, args.branch_target, args.snr_gamma)  # (R,)
+        yield (weights[:, k] * errors).sum()
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train; returns the exit status: 0 finished, 1 stopped by a failing reward or loss, 128 + n by signal n."""
+    # Imported here, so that --help and a mistyped flag are answered before seconds of imports.
+    import math
+    import time
+    from contextlib import nullcontext
+    from pathlib import Path
+
+    import torch
+    from diffusers.optimization import get_scheduler
+    from torch.utils.data import DataLoader
+    from tqdm.auto import tqdm
+
+    from reward import load_reward
+    from sharpening import checkpoints, data, draws, publishing, run, sdxl, tracking
+    from sharpening.scoring import RewardError
+    from sharpening.trajectory import Schedule, branch_error, generate, score_branches, score_samples, select, walk
+    from sharpening.validation import Validation, averaged_weights
+
+    # -------------------------------------------------------------------------------------------- FLAGS TO RUN
+    accelerator = run.make_accelerator(args)
+    device, world_size, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
+    weight_dtype = run.weight_dtype(accelerator)
+    output_dir = Path(args.output_dir)
+    source = sdxl.pipeline_source(args)
+    scheduler_config = source.read_json("scheduler/scheduler_config.json")
+    validate_schedule(args, scheduler_config["num_train_timesteps"])
+    schedule = Schedule.from_config(scheduler_config, args.infer_steps, args.prediction_type)
+    prompt_data = data.load_prompts(
+        prompts_file=args.prompts_file,
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        caption_column=args.caption_column,
+        max_train_samples=args.max_train_samples,
+        seed=args.seed or 0,
+        cache_dir=args.cache_dir,
+    )
+
+    n, m, batch_size = args.num_noisy_latents, args.trajectory_nums, args.train_batch_size
+    latents_per_prompt = n if args.latents_per_prompt == "n" else 1
+    accumulation, reuse = args.gradient_accumulation_steps, args.generation_reuse
+    steps_per_epoch = math.ceil(len(prompt_data.dataset) / (batch_size * accumulation * world_size)) * reuse
+    num_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    if is_main:
+        cost, frozen_copy = rows_per_step(args), not args.use_lora
+        plan = run.describe(
+            args, source, accelerator, prompt_data.description, cost, steps_per_epoch, num_steps, frozen_copy
+        )
+        print(plan, flush=True)
+    if args.dry_run:
+        return 0
+
+    checkpoint = checkpoints.prepare_output(accelerator, args)
+    start_step, run_id = checkpoints.resolve_run(accelerator, args, checkpoint)
+    reward = load_reward(args.reward_model, device, **run.reward_options(args, world_size))
+    run.start_trackers(accelerator, args, run_id)
+    metrics_file = tracking.MetricsFile(output_dir / "metrics.jsonl", start_step) if is_main else None
+
+    # -------------------------------------------------------------------------------------------------- MODELS
+    vae = sdxl.load_vae(args, source, device, weight_dtype)
+    reward_decoder = sdxl.load_reward_decoder(args, device, weight_dtype) if args.reward_vae else vae
+    unet = sdxl.load_unet(args, source, device, weight_dtype)
+    # With LoRA the reference is the UNet without its adapter.
+    frozen = None if args.use_lora else sdxl.load_frozen_unet(args, source, device, weight_dtype)
+    parameters = sdxl.trainable_parameters(unet)
+    ema = run.make_ema(unet, parameters, args, device) if args.use_ema else None
+    optimizer = run.make_optimizer(parameters, args, world_size)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps
+    )
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    generated: list[Tensor] = []  # the latents of each micro-batch, for as many updates as they serve
+    checkpoints.register_checkpointing(accelerator, unet, ema, lr_scheduler, generated)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+
+    # ---------------------------------------------------------------------------------------------------- DATA
+    encoders = sdxl.TextEncoders.load(source, device, weight_dtype)
+    unconditional = sdxl.unconditional_embedding(source, encoders)
+    validation = Validation(args, encoders, unconditional)
+    cached = data.cache_embeddings(
+        prompt_data.dataset,
+        encode_prompts=encoders.encode,
+        batch_size=args.decode_batch_size,
+        key={"text": sdxl.text_identity(source)},
+        seed=args.seed,
+        cache_dir=args.cache_dir,
+        dtype=weight_dtype,
+    )
+    del encoders
+    # Draws are counted in generations: generation g serves the optimizer steps g * reuse + 1 to (g + 1) * reuse.
+    sampler = draws.DrawSampler(
+        len(cached), batch_size, accelerator.process_index, world_size, accumulation, args.seed,
+        start_step // reuse, math.ceil(num_steps / reuse),
+    )  # fmt: skip
+    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": device.type == "cuda"}
+    batches = iter(DataLoader(cached, batch_sampler=sampler, collate_fn=data.collate, **workers))
+    probabilities = draws.timestep_probabilities(args, schedule.num_train_timesteps)  # (T,)
+    latent_shape = sdxl.latent_shape(vae, args.resolution)
+    time_ids = sdxl.default_time_ids(batch_size, args.resolution, device)
+
+    # ------------------------------------------------------------------------------------------------ TRAINING
+    stop = run.StopSignal()
+    means = tracking.Means(device)
+    watch = tracking.Watch(args, parameters)
+    progress = tqdm(total=num_steps, initial=start_step, desc="steps", disable=not is_main)
+    step, metrics, prompt_batches, sample_scores = start_step, {}, [], []
+    for step in range(start_step + 1, num_steps + 1):
+        started, generation_seconds, failure = time.perf_counter(), 0.0, ""
+        use = (step - 1) % reuse
+        if use == 0:
+            generated.clear()
+        if use == 0 or not prompt_batches:
+            prompt_batches, sample_scores = [next(batches) for _ in range(accumulation)], []
+        for micro_batch, batch in enumerate(prompt_batches):
+            # ---------------------------------------------------------------------------------------- GENERATE
+            prompts = batch["caption"]
+            condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
+            unet.eval()
+            if len(generated) == micro_batch:
+                generation_started = time.perf_counter()
+                noise = (
+                    draws.draw_noise(args, batch["draw"], latents_per_prompt, latent_shape).flatten(0, 1).to(device)
+                )
+                latents = []
+                with torch.no_grad():
+                    for rows in torch.arange(len(noise)).split(args.generation_batch_size):
+                        of_rows = condition.rows(rows // latents_per_prompt)
+                        predict, guide = sdxl.branch_model(unet, of_rows, unconditional, args.guidance_scale)
+                        latents.append(generate(predict, schedule, noise[rows], guide))
+                generated.append(torch.cat(latents))  # (B * latents_per_prompt, 4, h, w)
+                diverged = not generated[-1].isfinite().all()
+                generation_seconds += time.perf_counter() - generation_started
+                if run.any_rank(accelerator, diverged):
+                    message = f"step {step}: the generated latents are not finite; lower --learning_rate"
+                    return run.fail(accelerator, args, step - 1, run_id, message)
+
+            # ------------------------------------------------------------------------------------------ SAMPLE
+            x_0 = generated[micro_batch].repeat_interleave(n // latents_per_prompt, 0)  # (B * n, 4, h, w)
+            noises = 1 if args.share_noise_in_pair else n
+            sample = draws.draw_branches(args, batch["draw"] * reuse + use, noises, latent_shape, probabilities)
+            eps = sample.eps.expand(-1, n, -1, -1, -1).flatten(0, 1).to(device)
+            t = sample.t.to(device).repeat_interleave(n)  # (B * n,)
+            condition = condition.without_prompt(unconditional, sample.dropped)
+            # Rows b * n + i are branch i of prompt b; all branches of a prompt share t.
+            x_t = schedule.add_noise(x_0, eps, t)
+
+            # ------------------------------------------------------------------------------------------- SCORE
+            def model_of(rows: Tensor, condition: sdxl.Condition = condition) -> tuple:
+                return sdxl.branch_model(unet, condition.rows(rows // n), unconditional, args.branch_guidance_scale)
+
+            def judge(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> tuple[Tensor, dict[str, Tensor]]:
+                decoded = sdxl.decode_latents(reward_decoder, latents, args.decode_batch_size)
+                return reward.score(decoded, [prompts[row // n] for row in rows])
+
+            try:
+                if args.reward_on == "trajectory":
+                    scores = score_branches(
+                        model_of, judge, schedule, x_t, t, m, args.score_batch_size, keep_path=True
+                    )
+                else:
+                    if len(sample_scores) == micro_batch:
+                        sample_scores.append(score_samples(judge, x_0, args.score_batch_size))
+                    scores = sample_scores[micro_batch]
+            except RewardError as error:
+                failure = f"step {step}: {error}"
+            if run.any_rank(accelerator, bool(failure)):
+                return run.fail(accelerator, args, step - 1, run_id, failure or "the reward failed on another process")
+
+            # ------------------------------------------------------------------------------------------ SELECT
+            judged = scores.rewards.shape[1]  # m along branches, 1 of samples
+            by_prompt = (batch_size, n, judged)
+            selection = select(scores.rewards.view(by_prompt), scores.active.view(by_prompt))
+            pair = torch.stack([selection.best, selection.worst], 1)  # (B, 2) branches
+            rewards = selection.branch_reward.gather(1, pair)  # (B, 2)
+            decided = (selection.scored.sum(1) > 1) & ~selection.tied  # (B,) the others carry no preference
+            rows = (torch.arange(batch_size)[:, None] * n + pair).flatten()  # (2 B,): best, worst, best, ...
+
+            # ----------------------------------------------------------------------------------------- COMPARE
+            with torch.no_grad():
+                if args.reward_on == "trajectory":
+                    path = [point.rows(rows) for point in scores.path]
+                else:
+                    predict, guide = model_of(rows)
+                    path = [*walk(predict, schedule, x_t[rows], t[rows], m, guide)]
+                target = {"x_0": x_0[rows], "eps": eps[rows], "kind": args.branch_target, "snr_gamma": args.snr_gamma}
+                of_pairs = condition.rows(rows // n)
+                errors, reference_errors, divergence = [], [], []
+                with sdxl.reference_unet(unet, frozen) as reference, accelerator.autocast():
+                    for point in path if args.reference_steps == "all" else path[:1]:
+                        output = sdxl.predict_output(reference, point.x, point.t, of_pairs)
+                        reference_errors.append(branch_error(schedule, point, output, **target))
+                        divergence.append((output - point.output).square().flatten(1).mean(1))
+                errors = [branch_error(schedule, point, point.output, **target) for point in path]
+            active = torch.stack([point.active for point in path], 1)  # (2 B, m)
+            preference = preference_loss(
+                args,
+                torch.stack(errors, 1).unflatten(0, (-1, 2)),
+                torch.stack(reference_errors, 1).unflatten(0, (-1, 2)),
+                active.unflatten(0, (-1, 2)),
+                rewards.to(device),
+                decided.to(device),
+            )
+
+            # ------------------------------------------------------------------------------------------- TRAIN
+            unet.train()
+            predict, guide = sdxl.branch_model(model, of_pairs, unconditional, args.branch_guidance_scale)
+            losses = rlhf_losses(
+                args,
+                predict,
+                guide,
+                schedule,
+                x_t[rows],
+                t[rows],
+                x_0[rows],
+                eps[rows],
+                preference.weights.flatten(0, 1),
+            )
+            pending = torch.zeros((), device=device)
+            for k in range(m):
+                # Processes exchange gradients once per optimizer step, in its last backward.
+                exchange = micro_batch == accumulation - 1 and k == m - 1
+                with nullcontext() if exchange else accelerator.no_sync(model):
+                    pending = pending + next(losses) / accumulation
+                    if k == m - 1 or not args.backprop_through_sampler:
+                        accelerator.backward(pending)
+                        pending = torch.zeros_like(pending)
+            tracking.add_rewards(
+                means, scores, selection, sample.t if args.reward_on == "trajectory" else None, schedule
+            )
+            tracking.add_preference(means, preference, rewards, decided, torch.stack(divergence, 1), active)
+
+        # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
+        metrics = means.reduce(accelerator)
+        if not math.isfinite(metrics.get("loss", 0)):  # absent if no pair of the step was decided
+            message = (
+                f"step {step}: the loss is {metrics['loss']}; lower --learning_rate or use --mixed_precision=bf16"
+            )
+            return run.fail(accelerator, args, step - 1, run_id, message)
+        metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+        metrics["lr"] = lr_scheduler.get_last_lr()[0]
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+            if ema is not None:
+                ema.step(parameters)
+        optimizer.zero_grad()
+        if use == reuse - 1:
+            generated.clear()  # they have served; a checkpoint need not hold them
+
+        if is_main:
+            seconds = time.perf_counter() - started
+            metrics["samples_per_second"] = batch_size * accumulation * world_size / seconds
+            metrics["generation_time_share"] = generation_seconds / seconds
+            metrics["peak_memory_gib"] = tracking.peak_memory_gib(device)
+            watch.check(metrics, parameters)
+            if step % args.branch_image_steps == 0:
+                shown = {"branches/best": rows[::2], "branches/worst": rows[1::2]}
+                shown = {
+                    name: sdxl.decode_latents(vae, scores.last_estimate[which], args.decode_batch_size)
+                    for name, which in shown.items()
+                }
+                tracking.log_images(accelerator, output_dir, shown, step)
+            if validation.due(step, steps_per_epoch):
+                try:
+                    drawn, validated = validation.run(unet, ema, vae, schedule, reward)
+                    metrics.update(validated)
+                    tracking.log_images(accelerator, output_dir, {"validation/images": drawn}, step)
+                except RewardError as error:
+                    failure = f"validation at step {step}: {error}"
+            metrics_file.append(step, metrics)
+            accelerator.log(metrics, step=step)
+            progress.update()
+            shown = {name: metrics[name] for name in ("loss", "reward/mean") if name in metrics}
+            progress.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
+        if run.any_rank(accelerator, bool(failure)):
+            return run.fail(accelerator, args, step, run_id, failure or "the reward failed on another process")
+        signal_number = run.any_rank(accelerator, stop.number)
+        if step % args.checkpointing_steps == 0 or signal_number:
+            checkpoints.save_checkpoint(accelerator, args, step, run_id)
+        if signal_number:
+            return run.interrupted(accelerator, step, signal_number)
+
+    # ---------------------------------------------------------------------------------------------------- SAVE
+    progress.close()
+    if is_main:
+        with averaged_weights(unet, ema):
+            saved = publishing.save_result(args, source, unet, vae, step, metrics)
+        tracking.plot_rewards(metrics_file.path, output_dir / "reward_curve.png")
+        print(f"saved the {saved} and reward_curve.png to {output_dir}", flush=True)
+    run.finish(accelerator)
+    if is_main and args.push_to_hub:
+        publishing.push_to_hub(args)
+    return 0
+
+
+def cli(argv: Sequence[str]) -> int:
+    """`main` on a command line; a `UserError` becomes one sentence on stderr and status 2."""
+    try:
+        return main(parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv[1:]))
