@@ -155,7 +155,7 @@ def preference_loss(
     if args.reward_margin == "outside":
         loss = loss + margin
     slope = args.beta_dpo * torch.sigmoid(-logits) * decided / len(decided)  # (B,)
-    share = active / active.sum(-1, keepdim=True)  # (B, 2, m)
+    share = active.to(slope.dtype) / active.sum(-1, keepdim=True)  # (B, 2, m)
     weights = torch.stack([slope, -slope], 1)[..., None] * share
     return Preference(loss, logits, log_ratios, weights)
 

@@ -1,17 +1,15 @@
 """The objective of the SFT script: gradients against float64 autograd, standard fine-tuning, and flat memory."""
 
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from scripts.make_tiny_sdxl import make_pipeline
 from sharpening import sdxl
 from sharpening.trajectory import Schedule, score_branches, select
+from tests.objective import ConvolutionalDenoiser, LiveMemory, double_precision, gradient, problem
 from train_sft_diffusion_sharpening_sdxl import sft_losses
 
 OPTIONS = SimpleNamespace(backprop_through_sampler=False, branch_target="noise", snr_gamma=None)
@@ -22,40 +20,9 @@ def pipeline():
     return make_pipeline(seed=0)
 
 
-class DoubleTimesteps(torch.nn.Module):
-    """Sinusoidal features in float64; diffusers' own are float32, whose rounding depends on the batch size."""
-
-    def __init__(self, original):
-        super().__init__()
-        self.frequencies = torch.logspace(0, -3, original.num_channels // 2, dtype=torch.float64)
-
-    def forward(self, t):
-        angles = t.double()[:, None] * self.frequencies
-        return torch.cat([angles.cos(), angles.sin()], -1)
-
-
 @pytest.fixture(scope="module")
 def double_pipeline():
-    pipeline = make_pipeline(seed=0)
-    for name in ("time_proj", "add_time_proj"):
-        setattr(pipeline.unet, name, DoubleTimesteps(getattr(pipeline.unet, name)))
-    return pipeline
-
-
-def problem(pipeline, prompts, n, dtype, t=None, size=4):
-    """A UNet, its condition, and n noisy branches per prompt, in the layout of the script (row b * n + i)."""
-    generator = torch.Generator().manual_seed(1)
-    unet = pipeline.unet.to(dtype)
-    width, pooled = unet.config.cross_attention_dim, pipeline.text_encoder_2.config.projection_dim
-    condition = sdxl.Condition(
-        torch.randn(prompts, 77, width, generator=generator).to(dtype),
-        torch.randn(prompts, pooled, generator=generator).to(dtype),
-        torch.tensor([[32, 32, 0, 0, 32, 32]]).expand(prompts, -1).to(dtype),
-    )
-    t = torch.tensor([5, 981, 41, 400])[:prompts] if t is None else t
-    x_0 = torch.randn(prompts, 4, size, size, generator=generator).to(dtype).repeat_interleave(n, 0)
-    eps = torch.randn(prompts * n, 4, size, size, generator=generator).to(dtype)
-    return unet, condition, x_0, eps, t.repeat_interleave(n)
+    return double_precision(make_pipeline(seed=0))
 
 
 def two_pass(unet, condition, schedule, x_0, eps, t, n, m, args=OPTIONS, batch_size=2):
@@ -117,10 +84,6 @@ def whole_objective(unet, condition, x_0, eps, t, n, m, through_sampler=False):
             branches.append((sum(rewards), sum(errors) / len(errors)))
         total = total + max(branches, key=lambda branch: branch[0])[1]
     return total / (len(x_0) // n)
-
-
-def gradient(unet):
-    return torch.cat([parameter.grad.flatten() for parameter in unet.parameters()])
 
 
 @pytest.mark.parametrize("through_sampler", [False, True])
@@ -201,49 +164,6 @@ def test_permuting_prompts_permutes_choices_and_keeps_the_gradient(pipeline):
     assert permuted[0] == pytest.approx(loss, rel=1e-6)
     assert torch.equal(permuted[1].best, selection.best[permutation])
     assert (gradient(unet) - before).norm() <= 1e-6 * before.norm()
-
-
-class LiveMemory(TorchDispatchMode):
-    """The peak of bytes in live tensors that were made inside, counted by their storages."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return result
-
-    def count(self, storage):
-        key = storage._cdata
-        if key in self.known or storage.nbytes() == 0:
-            return
-        self.known.add(key)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.release, key, storage.nbytes())
-
-    def release(self, key, size):
-        self.known.discard(key)
-        self.live -= size
-
-
-class ConvolutionalDenoiser(torch.nn.Module):
-    """A stand-in with few operations and large activations, so that counting every storage stays quick."""
-
-    def __init__(self):
-        super().__init__()
-        layers = [torch.nn.Conv2d(4, 128, 3, padding=1)]
-        for _ in range(4):
-            layers += [torch.nn.SiLU(), torch.nn.Conv2d(128, 128, 1)]
-        self.layers = torch.nn.Sequential(*layers, torch.nn.Conv2d(128, 4, 3, padding=1))
-
-    def forward(self, x, t, encoder_hidden_states, added_cond_kwargs, return_dict):
-        return (self.layers(x),)
 
 
 def test_peak_memory_is_flat_in_branches_and_steps(pipeline):
