@@ -283,11 +283,10 @@ def reference_unet(unet: UNet2DConditionModel, frozen: UNet2DConditionModel | No
 
 def save_lora(unet: UNet2DConditionModel, folder: str | Path) -> None:
     """Write the adapter so that `pipe.load_lora_weights(folder)` applies it, with the scale of its `--lora_alpha`."""
+    # Without the metadata the alpha would be read back as equal to the rank.
+    metadata = unet.peft_config["default"].to_dict()
     StableDiffusionXLPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        # Without it the alpha would be read back as equal to the rank.
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        folder, unet_lora_layers=get_peft_model_state_dict(unet), unet_lora_adapter_metadata=metadata
     )
 
 

@@ -1,5 +1,6 @@
-"""What whole-script tests share: a random tiny SDXL, an image folder, one cache, and two ways to run the script."""
+"""What whole-script tests share: a random tiny SDXL, an image folder, one cache, and two ways to run a script."""
 
+import importlib
 import json
 import os
 import signal
@@ -20,7 +21,10 @@ from tests import tiny_rewards
 from tests.grader_server import GraderServer
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = "train_sft_diffusion_sharpening_sdxl.py"
+SCRIPTS = {
+    "SFT": "train_sft_diffusion_sharpening_sdxl.py",
+    "RLHF": "train_rlhf_diffusion_sharpening_sdxl.py",
+}
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +73,12 @@ def server(monkeypatch):
 
 
 @pytest.fixture
+def method():
+    """Which script the fixtures below run. A module whose tests hold for both overrides this one with two params."""
+    return "SFT"
+
+
+@pytest.fixture
 def flags(world, tmp_path):
     """Build a command line: the base run, changed by keyword; None drops a flag, True makes a switch."""
 
@@ -96,12 +106,11 @@ def flags(world, tmp_path):
 
 
 @pytest.fixture
-def train():
+def train(method):
     """Run the script in this process and return its exit status; global state is put back afterwards."""
     from accelerate.state import AcceleratorState, GradientState
 
-    import train_sft_diffusion_sharpening_sdxl as script
-
+    script = importlib.import_module(SCRIPTS[method].removesuffix(".py"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     argv = list(sys.argv)
 
@@ -122,12 +131,12 @@ def train():
 
 
 @pytest.fixture
-def launch():
+def launch(method):
     """Start the script as a user does and wait for it: by python, by accelerate, or by torchrun on two ranks."""
 
     def run(command, launcher="python", cwd=ROOT, timeout=300):
         return subprocess.run(
-            [*launcher_words(launcher), str(ROOT / SCRIPT), *command],
+            [*launcher_words(launcher), str(ROOT / SCRIPTS[method]), *command],
             cwd=cwd,
             timeout=timeout,
             capture_output=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, launcher_words, metrics, same_files
+from conftest import ROOT, SCRIPTS, launcher_words, metrics, same_files
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
@@ -43,6 +43,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.fixture(params=["SFT", "RLHF"])
+def method(request):
+    return request.param
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
@@ -53,12 +58,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ],
     ids=["separate backwards", "joint backward", "guided branches"],
 )
-def test_two_processes_equal_one_of_twice_the_batch(extra, train, flags, tmp_path):
+def test_two_processes_equal_one_of_twice_the_batch(extra, method, train, flags, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     common = {"max_train_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 1, "use_ema": True, **extra}
     assert train(flags(**common, train_batch_size=4, output_dir=one)) == 0
     (tmp_path / "compare.py").write_text(COMPARING_RANKS)
-    command = [*launcher_words("torchrun"), str(tmp_path / "compare.py"), str(ROOT / SCRIPT)]
+    command = [*launcher_words("torchrun"), str(tmp_path / "compare.py"), str(ROOT / SCRIPTS[method])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [*command, *flags(**common, train_batch_size=2, output_dir=two)],
@@ -68,7 +73,7 @@ def test_two_processes_equal_one_of_twice_the_batch(extra, train, flags, tmp_pat
     assert result.stdout.count("RANKS 2 DISTINCT 1") == 2
     assert "x 2 processes" in result.stdout
     for left, right in zip(metrics(one), metrics(two), strict=True):
-        for name in left.keys() - {"samples_per_second", "peak_memory_gib"}:
+        for name in left.keys() - {"samples_per_second", "peak_memory_gib", "generation_time_share"}:
             assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
     base, other = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
     assert all(torch.allclose(base[name], other[name], atol=1e-5) for name in base)
@@ -89,11 +94,11 @@ def test_reward_that_fails_on_one_rank_stops_both(launch, flags, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_ends_the_step_saves_and_says_interrupted(number, status, train, flags, tmp_path):
+def test_signal_ends_the_step_saves_and_says_interrupted(number, status, method, train, flags, tmp_path):
     options = {"max_train_steps": 500, "checkpointing_steps": 1000}
     run = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / SCRIPT), *flags(**options)], cwd=ROOT, stdout=subprocess.PIPE,
+        [sys.executable, str(ROOT / SCRIPTS[method]), *flags(**options)], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -259,10 +264,10 @@ def wait_until(condition, timeout: float = 60):
         time.sleep(0.005)
 
 
-def test_help_lists_every_flag_without_importing_torch():
+def test_help_lists_every_flag_without_importing_torch(method):
     program = (
         "import runpy, sys\n"
-        f"sys.argv = [{str(ROOT / SCRIPT)!r}, '--help']\n"
+        f"sys.argv = [{str(ROOT / SCRIPTS[method])!r}, '--help']\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as end:\n    assert end.code == 0, end.code\n"
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""The whole SFT script in this process: exact resume, accumulation, rewards that fail, metrics, what a run leaves."""
+"""Both training scripts whole, in this process: exact resume, accumulation, failing rewards, what a run leaves."""
 
 import json
 import math
@@ -25,11 +25,33 @@ CURVES = {
     "loss", "lr", "grad_norm", "reward/mean", "reward/best", "reward/worst", "reward/spread", "reward/tie_rate",
     "samples_per_second", "peak_memory_gib",
 }  # fmt: skip
+CURVES_OF = {
+    "SFT": CURVES,
+    "RLHF": CURVES
+    | {"preference/accuracy", "preference/logits", "preference/kl", "preference/log_ratio_best"}
+    | {"preference/log_ratio_worst", "reward/margin", "generation_time_share"},
+}
+
+
+SPEED = {"samples_per_second", "peak_memory_gib", "generation_time_share"}
+
+
+@pytest.fixture(params=["SFT", "RLHF"])
+def method(request):
+    return request.param
+
+
+only_sft = pytest.mark.parametrize("method", ["SFT"], indirect=False)
+
+
+# How far rounding carries, relative to the norm: RLHF's gradient is the difference of two that nearly cancel, and its
+# latents come out of 25 steps whose rounding depends on the batch.
+ROUNDING = {"SFT": 1e-5, "RLHF": 1e-3}
 
 
 def values(line):
     """A line of metrics without what depends on the machine's speed."""
-    return {name: value for name, value in line.items() if name not in ("samples_per_second", "peak_memory_gib")}
+    return {name: value for name, value in line.items() if name not in SPEED}
 
 
 def test_three_plus_three_steps_equal_six_bit_for_bit(train, flags, tmp_path):
@@ -91,19 +113,20 @@ def gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("extra", [{}, {"preset": "released", "gradient_checkpointing": True}])
-def test_eight_accumulated_batches_of_one_equal_one_batch_of_eight(train, flags, tmp_path, gradients, extra):
+def test_eight_accumulated_batches_of_one_equal_one_batch_of_eight(method, train, flags, tmp_path, gradients, extra):
     common = {"max_train_steps": 1, "proportion_empty_prompts": 0.3, "noise_offset": 0.1, **extra}
     whole, parts = tmp_path / "8x1", tmp_path / "1x8"
     assert train(flags(**common, train_batch_size=8, output_dir=whole)) == 0
     assert train(flags(**common, train_batch_size=1, gradient_accumulation_steps=8, output_dir=parts)) == 0
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+    assert (gradients[0] - gradients[1]).norm() < ROUNDING[method] * gradients[0].norm()
     left, right = values(metrics(whole)[0]), values(metrics(parts)[0])
     assert left.keys() == right.keys()
     for name in left:
-        assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
+        assert left[name] == pytest.approx(right[name], rel=10 * ROUNDING[method], abs=1e-6), name
 
 
-def test_one_branch_of_one_step_trains_as_plain_diffusers_does(train, flags, world, gradients):
+@only_sft
+def test_one_branch_of_one_step_trains_as_plain_diffusers_does(method, train, flags, world, gradients):
     """The script's first gradient at n = m = 1 against a training step written with diffusers alone."""
     assert train(flags(num_noisy_latents=1, trajectory_nums=1, max_train_steps=1, train_batch_size=4, seed=3)) == 0
     import datasets
@@ -157,13 +180,13 @@ def test_failing_reward_stops_with_its_name_step_and_prompts_after_a_checkpoint(
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_every_promised_curve_is_in_metrics_and_tensorboard(train, flags, tmp_path):
+def test_every_promised_curve_is_in_metrics_and_tensorboard(method, train, flags, tmp_path):
     reward = "shapes,jpeg_compressibility:0.1"
     options = {"validation_prompt": "a red circle on a white background", "validation_steps": 2}
     assert train(flags(reward_model=reward, report_to="tensorboard", train_batch_size=12, **options)) == 0
     lines = metrics(tmp_path / "run")
     assert len(lines) == 2
-    names = CURVES | {"reward/component/shapes", "reward/component/jpeg_compressibility"}
+    names = CURVES_OF[method] | {"reward/component/shapes", "reward/component/jpeg_compressibility"}
     quarters = {f"reward/timesteps_q{index}" for index in (1, 2, 3, 4)}
     assert names <= lines[0].keys() & lines[1].keys()
     assert quarters & lines[0].keys()
@@ -250,6 +273,13 @@ def test_dropped_prompts_train_without_and_are_judged_with_their_caption(train, 
         seen.append(condition.embeds.abs().sum((1, 2)))
         return predict(unet, x, t, condition)
 
+    def record_generation(predict, schedule, x, guide=None):
+        """What is generated (RLHF) is for the prompt: only the training on it drops the prompt."""
+        predict(x, torch.zeros(len(x), dtype=torch.int64))
+        assert seen.pop().min() > 0
+        return x
+
+    monkeypatch.setattr("sharpening.trajectory.generate", record_generation)
     monkeypatch.setattr(Reward, "score", record_score)
     monkeypatch.setattr(sdxl, "predict_output", record_predict)
     options = {"reward_model": f"{tmp_path}/mine.py:listen", "max_train_steps": 1}
@@ -289,10 +319,10 @@ def test_flag_changes_the_gradient(changes, train, flags, tmp_path, gradients):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_flag_changes_cost_and_not_the_gradient(changes, train, flags, tmp_path, gradients):
+def test_flag_changes_cost_and_not_the_gradient(changes, method, train, flags, tmp_path, gradients):
     assert train(flags(max_train_steps=1, output_dir=tmp_path / "plain")) == 0
     assert train(flags(max_train_steps=1, **changes, output_dir=tmp_path / "changed")) == 0
-    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+    assert (gradients[0] - gradients[1]).norm() < 10 * ROUNDING[method] * gradients[0].norm()
 
 
 @pytest.mark.parametrize(
@@ -318,7 +348,13 @@ def test_another_decoder_scores(train, flags, world, tmp_path):
     assert metrics(tmp_path / "tiny")[0]["reward/mean"] != metrics(tmp_path / "own")[0]["reward/mean"]
 
 
-def test_dry_run_prints_the_plan_and_touches_nothing(train, flags, tmp_path, capsys, monkeypatch):
+PLAN = {  # 8 prompts, n = 5, m = 3, guided branches: two rows each
+    "SFT": "240 rows to score, 48 rows to train, per process",
+    "RLHF": "400 rows to generate, 240 rows to score, 48 rows to reference, 96 rows to train, per process",
+}
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_path, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a dry run loaded weights")
 
@@ -326,7 +362,8 @@ def test_dry_run_prints_the_plan_and_touches_nothing(train, flags, tmp_path, cap
     assert train(flags(dry_run=True, gradient_accumulation_steps=4, num_noisy_latents=5, branch_guidance_scale=2)) == 0
     plan = {line[:18].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
     assert plan["rows per step"] == "8 = 2 per batch x 4 accumulated x 1 processes"
-    assert plan["forwards per step"] == "240 rows to score, 48 rows to train, per process"  # 8 * 5 * 3 * 2, 8 * 3 * 2
+    assert plan["forwards per step"] == PLAN[method]
+    assert plan["decodes per step"] == "120, per process"
     assert plan["steps"] == "2, 2 per epoch, 1.00 epochs"
     assert "GiB" in plan["memory held"]
     assert not (tmp_path / "run").exists()
@@ -358,7 +395,7 @@ def test_encoders_and_generation_equal_the_diffusers_pipeline(world):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_caches_are_made_once(train, flags, world, tmp_path, monkeypatch):
+def test_caches_are_made_once(method, train, flags, world, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     assert train(flags(cache_dir=cache, output_dir=tmp_path / "first")) == 0
 
@@ -366,6 +403,8 @@ def test_caches_are_made_once(train, flags, world, tmp_path, monkeypatch):
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(sdxl, "encode_images", refuse)
+    monkeypatch.setattr("sharpening.data._add_captions", refuse)
     assert train(flags(cache_dir=cache, output_dir=tmp_path / "second")) == 0
     assert list(map(values, metrics(tmp_path / "first"))) == list(map(values, metrics(tmp_path / "second")))
-    assert len(list(Path(cache, "diffusion_sharpening").glob("latents-*[!k]"))) == 1
+    kinds = {path.name.split("-")[0] for path in Path(cache, "diffusion_sharpening").glob("*[!k]")}
+    assert kinds == ({"latents", "embeddings"} if method == "SFT" else {"embeddings"})  # RLHF encodes no image

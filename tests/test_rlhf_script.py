@@ -1,0 +1,333 @@
+"""What only the RLHF script promises: prompts alone, generation, its cost, the reference, reuse, and its warnings."""
+
+import logging
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import metrics, same_files
+from diffusers import UNet2DConditionModel
+
+import train_rlhf_diffusion_sharpening_sdxl as script
+from sharpening import sdxl
+from sharpening.draws import draw_branches, timestep_probabilities
+from sharpening.tracking import Watch
+
+CAPTIONS = ["a red circle on a white background", "a blue square on a gray background"]
+SAMPLES = {"reward_on": "sample", "latents_per_prompt": "n"}
+QUICK = {"infer_steps": 2, "trajectory_nums": 1, "num_noisy_latents": 2}
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def method():
+    return "RLHF"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(CAPTIONS) + "\n")
+    return path
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Rows that pass through the UNet by purpose and through the decoder, as the script runs them."""
+    rows = dict.fromkeys(("generate", "score", "reference", "train", "decode"), 0)
+    frozen, generating = [], []
+    predict, decode, load = sdxl.predict_output, sdxl.decode_latents, sdxl.load_frozen_unet
+    from sharpening import trajectory
+
+    generate = trajectory.generate
+
+    def count_predict(unet, x, t, condition):
+        if generating:
+            purpose = "generate"
+        elif any(unet is reference for reference in frozen) or adapter_is_off(unet):
+            purpose = "reference"
+        else:
+            purpose = "train" if unet.training else "score"
+        assert torch.is_grad_enabled() == (purpose == "train" and not in_guide(condition)), purpose
+        rows[purpose] += len(x)
+        return predict(unet, x, t, condition)
+
+    def in_guide(condition):
+        return condition.embeds.abs().max() == 0  # the unconditional part of guidance has no gradient
+
+    def count_decode(vae, latents, batch_size):
+        rows["decode"] += len(latents)
+        return decode(vae, latents, batch_size)
+
+    def load_frozen(*args):
+        frozen.append(load(*args))
+        return frozen[-1]
+
+    def count_generate(*args):
+        generating.append(True)
+        result = generate(*args)
+        generating.pop()
+        return result
+
+    monkeypatch.setattr(sdxl, "predict_output", count_predict)
+    monkeypatch.setattr(sdxl, "decode_latents", count_decode)
+    monkeypatch.setattr(sdxl, "load_frozen_unet", load_frozen)
+    monkeypatch.setattr(trajectory, "generate", count_generate)
+    return rows
+
+
+def adapter_is_off(unet):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(module.disable_adapters for module in unet.modules() if isinstance(module, BaseTunerLayer))
+
+
+LATE = {"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep_bias_multiplier": 1e12}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_noisy_latents": 4, "trajectory_nums": 2, "gradient_accumulation_steps": 2},
+        {"branch_guidance_scale": 2, "guidance_scale": 1},
+        {"latents_per_prompt": "n", "share_noise_in_pair": True},
+        {**SAMPLES, "trajectory_nums": 2},
+        {"preset": "released"},
+        {"generation_reuse": 2},
+        {**SAMPLES, "generation_reuse": 2, "trajectory_nums": 1},
+        {"use_lora": True},
+    ],
+    ids=lambda changes: ",".join(changes) or "defaults",
+)
+def test_forwards_of_an_optimizer_step_are_those_documented(changes, train, flags, counted, tmp_path, prompts):
+    """Only selected pairs see the reference and a gradient; a generation is counted once for all updates it serves."""
+    changes = {"prompts_file": prompts, "train_data_dir": None, "infer_steps": 5, **LATE, **changes}
+    command = flags(**changes, max_train_steps=2)
+    assert train(command) == 0
+    expected = script.rows_per_step(script.parse_args(command))
+    assert {name: count / 2 for name, count in counted.items()} == expected
+
+
+def test_prompts_file_is_all_the_data_a_run_needs(train, flags, tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("an image was read or encoded")
+
+    monkeypatch.setattr(sdxl, "encode_images", refuse)
+    monkeypatch.setattr("sharpening.data._read_image", refuse)
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join([CAPTIONS[0], "", CAPTIONS[1], CAPTIONS[0], "   "]) + "\n")
+    assert train(flags(train_data_dir=None, prompts_file=path, **QUICK)) == 0
+    plan = {line[:18].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    assert plan["data"] == (
+        f"2 prompts of {path} (5 read: 2 empty and 1 repeated left out, 0 of several lines joined)"
+    )
+    assert plan["steps"] == "2, 1 per epoch, 2.00 epochs"
+
+
+def test_caption_column_of_an_image_folder_is_read_without_its_images(train, flags, world, tmp_path, monkeypatch):
+    folder = tmp_path / "shapes"
+    shutil.copytree(world.shapes, folder)
+    for image in folder.glob("*.png"):
+        image.write_bytes(b"no picture")
+    assert train(flags(train_data_dir=folder, **QUICK)) == 0
+
+
+def test_one_latent_serves_all_branches_or_each_has_its_own(train, flags, monkeypatch):
+    seen = []
+    from sharpening.trajectory import Schedule
+
+    add_noise = Schedule.add_noise
+
+    def record(self, x_0, eps, t):
+        seen.append((x_0.clone(), eps.clone()))
+        return add_noise(self, x_0, eps, t)
+
+    monkeypatch.setattr(Schedule, "add_noise", record)
+    cases = {"one": {}, "own": {"latents_per_prompt": "n"}}
+    cases["shared noise"] = {"latents_per_prompt": "n", "share_noise_in_pair": True}
+    alike = {}
+    for name, changes in cases.items():
+        seen.clear()
+        assert train(flags(**{**QUICK, "max_train_steps": 1, "output_dir": None, "dry_run": False, **changes})) == 0
+        x_0, eps = (part.unflatten(0, (2, 2)) for part in seen[0])
+        alike[name] = (torch.equal(x_0[:, 0], x_0[:, 1]), torch.equal(eps[:, 0], eps[:, 1]))
+        assert not torch.equal(x_0[0, 0], x_0[1, 0]) and not torch.equal(eps[0, 0], eps[1, 0])
+        shutil.rmtree("outputs/sharpened")
+    assert alike == {"one": (True, False), "own": (False, False), "shared noise": (False, True)}
+
+
+def test_generation_equals_the_pipeline_of_the_current_model(train, flags, world, prompts, monkeypatch):
+    """The first generated latents against stock diffusers from the same noise, guidance included."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+    from sharpening import draws, trajectory
+
+    noises, results = [], []
+    draw, generate = draws.draw_noise, trajectory.generate
+    monkeypatch.setattr(draws, "draw_noise", lambda *args: noises.append(draw(*args)) or noises[-1])
+    monkeypatch.setattr(trajectory, "generate", lambda *args: results.append(generate(*args)) or results[-1])
+    changes = {"prompts_file": prompts, "train_data_dir": None, "generation_batch_size": 1}
+    assert train(flags(**changes, max_train_steps=1, infer_steps=4, guidance_scale=3.0)) == 0
+    pipeline = StableDiffusionXLPipeline.from_pretrained(world.model)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", "height": 32, "width": 32}
+    candidates = [pipeline(c, latents=noise, **options).images for noise in noises[0] for c in CAPTIONS]
+    for ours in results:  # the draw decides which prompt comes first
+        assert min(float((ours - theirs).abs().max()) for theirs in candidates) < 1e-3 * float(ours.abs().max())
+
+
+@pytest.mark.parametrize("extra", [{}, SAMPLES, {"use_lora": True}], ids=["trajectory", "sample", "LoRA"])
+def test_resume_amid_a_reused_generation_is_exact(extra, train, flags, tmp_path):
+    """Step 4 of 6 uses latents that the weights of step 3 made: a checkpoint after step 3 must hold them."""
+    options = {
+        **QUICK,
+        "max_train_steps": 6,
+        "generation_reuse": 3,
+        "checkpointing_steps": 1,
+        "use_ema": True,
+        **extra,
+    }
+    options |= {"gradient_accumulation_steps": 2}
+    assert train(flags(**options, output_dir=tmp_path / "whole")) == 0
+    for step in (3, 4):
+        resumed = tmp_path / f"resumed{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+        assert (resumed / f"checkpoint-{step}" / "generated_latents_0.pt").exists() == (step == 4)
+        assert train(flags(**options, output_dir=resumed, resume_from_checkpoint="latest")) == 0
+        names = ["optimizer.bin"]
+        names += ["lora/pytorch_lora_weights.safetensors"] if "use_lora" in extra else [WEIGHTS]
+        assert same_files(tmp_path / "whole" / "checkpoint-6", resumed / "checkpoint-6", names) == []
+        ours, theirs = metrics(tmp_path / "whole")[step:], metrics(resumed)
+        assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+
+
+def test_reused_generation_meets_new_noise_and_timesteps(train, flags, tmp_path, monkeypatch):
+    drawn = []
+
+    def record(args, draws, *rest):
+        drawn.append([int(draw) for draw in draws])
+        return draw_branches(args, draws, *rest)
+
+    monkeypatch.setattr("sharpening.draws.draw_branches", record)
+    assert train(flags(**QUICK, max_train_steps=4, generation_reuse=2)) == 0
+    assert drawn == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    args = SimpleNamespace(
+        seed=0, noise_offset=0, proportion_empty_prompts=0, timestep_bias_strategy="none", timestep_bias_portion=0.25,
+        timestep_bias_begin=0, timestep_bias_end=1000, timestep_bias_multiplier=1.0,
+    )  # fmt: skip
+    first, second = (draw_branches(args, [n], 1, (4, 8, 8), timestep_probabilities(args, 1000)) for n in (0, 1))
+    assert not torch.equal(first.eps, second.eps) and not torch.equal(first.t, second.t)
+
+
+def test_reference_stays_the_base_model(train, flags, world, tmp_path, monkeypatch):
+    """Also after a resume: the checkpoint's weights are the model's, not the reference's."""
+    references = []
+    load = sdxl.load_frozen_unet
+    monkeypatch.setattr(sdxl, "load_frozen_unet", lambda *args: references.append(load(*args)) or references[-1])
+    options = {**QUICK, "checkpointing_steps": 1, "learning_rate": 1e-3}
+    assert train(flags(**options, max_train_steps=1)) == 0
+    assert train(flags(**options, max_train_steps=2, resume_from_checkpoint="latest")) == 0
+    base = UNet2DConditionModel.from_pretrained(world.model, subfolder="unet")
+    for reference in references:
+        assert all(map(torch.equal, reference.parameters(), base.parameters()))
+        assert not any(parameter.requires_grad for parameter in reference.parameters())
+    first, second = metrics(tmp_path / "run")
+    assert first["preference/kl"] < 1e-9 < second["preference/kl"]
+
+
+def test_at_the_reference_nothing_is_preferred_yet(train, flags, tmp_path):
+    assert train(flags(max_train_steps=1, reward_margin_scale=0, train_batch_size=4)) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert line["loss"] == pytest.approx(math.log(2), rel=1e-4)
+    assert line["preference/accuracy"] == pytest.approx(0.5, abs=0.5) and abs(line["preference/logits"]) < 1e-3
+    assert line["preference/kl"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta_dpo": 10.0}, {"reward_margin_scale": 50.0}, {"reward_margin": "outside", "reward_margin_scale": 50.0},
+        {"guidance_scale": 1.0}, {"latents_per_prompt": "n"}, {"latents_per_prompt": "n", "share_noise_in_pair": True},
+        SAMPLES, {"generation_reuse": 2}, {"reference_steps": "first"},
+    ],
+    ids=lambda changes: ",".join(changes),
+)  # fmt: skip
+def test_flag_changes_what_is_learned(changes, train, flags, tmp_path):
+    options = {"max_train_steps": 2, "learning_rate": 1e-3, "max_grad_norm": 1e9, "infer_steps": 5}
+    assert train(flags(**options, output_dir=tmp_path / "plain")) == 0
+    assert train(flags(**options, **changes, output_dir=tmp_path / "changed")) == 0
+    plain, changed = metrics(tmp_path / "plain")[1], metrics(tmp_path / "changed")[1]
+    assert abs(plain["loss"] - changed["loss"]) > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------- warnings
+
+
+def constant_reward(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\ndef flat(images, prompts):\n    return torch.ones(len(prompts))\n"
+    )
+    return f"{tmp_path}/mine.py:flat"
+
+
+def test_flat_reward_teaches_nothing_and_is_pointed_out_once(train, flags, world, tmp_path, caplog):
+    options = {**QUICK, "reward_model": constant_reward(tmp_path), "train_batch_size": 1, "adam_weight_decay": 0}
+    assert train(flags(**options, max_train_steps=25)) == 0
+    lines = metrics(tmp_path / "run")
+    assert all(line["grad_norm"] == 0 and line["reward/tie_rate"] == 1 and "loss" not in line for line in lines)
+    base = UNet2DConditionModel.from_pretrained(world.model, subfolder="unet")
+    trained = UNet2DConditionModel.from_pretrained(tmp_path / "run", subfolder="unet")
+    assert all(map(torch.equal, base.parameters(), trained.parameters()))
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("no two branches of a prompt earned different rewards" in message for message in messages) == 1
+    assert sum("no parameter changed in 20 steps" in message for message in messages) == 1
+
+
+def watch_over(lines, moving=True, branches=3):
+    parameters = [torch.zeros(3)]
+    watch = Watch(SimpleNamespace(num_noisy_latents=branches), parameters)
+    for line in lines:
+        parameters[0] += moving
+        watch.check(line, parameters)
+
+
+@pytest.mark.parametrize(
+    ("lines", "moving", "said"),
+    [
+        ([{"preference/accuracy": 0.5}] * 300, True, ["no more often than a coin"]),
+        ([{"preference/accuracy": 0.6}] * 300, True, []),
+        ([{"preference/accuracy": 0.5}] * 90 + [{"preference/accuracy": 0.9}] * 300, True, []),
+        ([{"reward/tie_rate": 1.0}] * 19 + [{"reward/tie_rate": 0.9}] + [{"reward/tie_rate": 1.0}] * 19, True, []),
+        ([{"reward/tie_rate": 1.0}] * 80, True, ["no two branches"]),
+        (
+            ([{"reward/tie_rate": 1.0}] * 20 + [{"reward/tie_rate": 0.0}]) * 4, True, ["no two branches"],
+        ),
+        ([{}] * 60, False, ["no parameter changed in 20 steps"]),
+    ],
+)  # fmt: skip
+def test_warnings_come_once_and_only_when_due(lines, moving, said, caplog):
+    watch_over(lines, moving)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(said)
+    assert all(part in message for part, message in zip(said, messages, strict=True))
+
+
+def test_one_branch_is_no_flat_reward(caplog):
+    watch_over([{"reward/tie_rate": 1.0}] * 50, branches=1)
+    assert caplog.records == []
+
+
+def test_diverged_generation_stops_with_one_sentence(train, flags, world, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(world.model, model)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(float("nan"))
+    unet.save_pretrained(model / "unet")
+    assert train(flags(pretrained_model_name_or_path=model, **QUICK)) == 1
+    error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert "step 1: the generated latents are not finite" in error and "--learning_rate" in error
