@@ -170,3 +170,12 @@ def metrics(run_dir):
 def same_files(left, right, names):
     """The names whose files differ between two folders."""
     return [name for name in names if (Path(left) / name).read_bytes() != (Path(right) / name).read_bytes()]
+
+
+def same_tensors(left, right):
+    """Whether two safetensors files hold the same; their headers are in no fixed order."""
+    import torch
+    from safetensors.torch import load_file
+
+    left, right = load_file(left), load_file(right)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
