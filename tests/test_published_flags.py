@@ -1,11 +1,11 @@
 """The published command lines keep working: every flag of the released script with its name, type and default."""
 
+import importlib
 import shlex
 from pathlib import Path
 
 import pytest
-
-from train_sft_diffusion_sharpening_sdxl import parse_args
+from conftest import SCRIPTS
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = ["--pretrained_model_name_or_path", "owner/model", "--dataset_name", "owner/data"]
@@ -70,8 +70,18 @@ FLAGS = {
 }
 
 
+@pytest.fixture(params=["SFT", "RLHF"])
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def parse_args(method):
+    return importlib.import_module(SCRIPTS[method].removesuffix(".py")).parse_args
+
+
 @pytest.mark.parametrize("flag", FLAGS)
-def test_flag_keeps_name_default_and_type(flag):
+def test_flag_keeps_name_default_and_type(flag, parse_args):
     default, example, value = FLAGS[flag]
     assert getattr(parse_args(REQUIRED), flag) == default
     given = [f"--{flag}"] if example is None else [f"--{flag}={example}"]
@@ -81,32 +91,41 @@ def test_flag_keeps_name_default_and_type(flag):
 
 
 @pytest.mark.parametrize("strategy", ["none", "earlier", "later", "range"])
-def test_timestep_bias_strategies(strategy):
+def test_timestep_bias_strategies(strategy, parse_args):
     flags = [f"--timestep_bias_strategy={strategy}", "--timestep_bias_multiplier=2"]
     assert parse_args([*REQUIRED, *flags]).timestep_bias_strategy == strategy
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_prediction_type_is_the_models_own_unless_given(prediction_type):
+def test_prediction_type_is_the_models_own_unless_given(prediction_type, parse_args):
     assert parse_args(REQUIRED).prediction_type is None
     assert parse_args([*REQUIRED, "--prediction_type", prediction_type]).prediction_type == prediction_type
 
 
-def test_presets_set_defaults_and_explicit_flags_win():
+def test_presets_set_defaults_and_explicit_flags_win(parse_args):
     assert parse_args(REQUIRED).backprop_through_sampler is False
     assert parse_args([*REQUIRED, "--preset=released"]).backprop_through_sampler is True
     explicit = parse_args([*REQUIRED, "--preset=released", "--no-backprop_through_sampler"])
     assert explicit.backprop_through_sampler is False
 
 
-def test_published_script_has_the_published_flags(monkeypatch):
-    text = (ROOT / "scripts" / "sft.sh").read_text().replace("\\\n", " ")
+def test_rlhf_presets():
+    from train_rlhf_diffusion_sharpening_sdxl import parse_args
+
+    paper, released = parse_args(REQUIRED), parse_args([*REQUIRED, "--preset=released"])
+    names = ("guidance_scale", "latents_per_prompt", "reward_margin", "reference_steps", "branch_guidance_scale")
+    assert [getattr(paper, name) for name in names] == [5.0, "1", "inside", "all", 1.0]
+    assert [getattr(released, name) for name in names] == [1.0, "n", "outside", "first", 1.0]
+    assert (paper.beta_dpo, paper.reward_margin_scale, paper.reward_on) == (2500, 1.0, "trajectory")
+    assert parse_args([*REQUIRED, "--preset=released", "--guidance_scale=3"]).guidance_scale == 3
+
+
+def test_published_script_has_the_published_flags(method, parse_args):
+    text = (ROOT / "scripts" / f"{method.lower()}.sh").read_text().replace("\\\n", " ")
     line = next(line for line in text.splitlines() if line.startswith("accelerate launch"))
     tokens = shlex.split(line)
-    flags = [
-        token for token in tokens[tokens.index("train_sft_diffusion_sharpening_sdxl.py") + 1 :] if "$" not in token
-    ]
-    # The two that need a GPU are refused on this machine, which tests/test_bad_input.py shows.
+    flags = [token for token in tokens[tokens.index(SCRIPTS[method]) + 1 :] if "$" not in token]
+    # The two that need a GPU are refused on this machine, which tests/test_refusals.py shows.
     gpu = {"--enable_xformers_memory_efficient_attention", "--mixed_precision=fp16"}
     args = parse_args([*REQUIRED, *(flag for flag in flags if flag not in gpu)])
     assert gpu <= set(flags)

@@ -159,17 +159,70 @@ CASES = {
     "negative seed": ({"seed": -1}, ["--seed is -1"]),
     "W&B without a login": ({"report_to": "wandb"}, ["--report_to wandb", "wandb login", "WANDB_MODE=offline"]),
     "no checkpoint kept": ({"checkpoints_total_limit": 0}, ["--checkpoints_total_limit is 0"]),
+    "no rank": ({"use_lora": True, "lora_rank": 0}, ["--lora_rank is 0", "at least 1"]),
+    "alpha of zero": ({"use_lora": True, "lora_alpha": 0}, ["--lora_alpha is 0", "above 0"]),
+    "rank without LoRA": ({"lora_rank": 8}, ["--lora_rank", "without --use_lora; add it"]),
 }
+# Of the cases above, those about images, which RLHF does not read.
+SFT_ONLY = {"wrong image column", "captions that are images", "corrupt image", "no branch"}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_refused_in_one_sentence(case, train, flags, world, tmp_path, capsys, request, monkeypatch):
+def prompts(text, suffix="txt", **flags):
+    def build(folder, world):
+        path = folder / f"prompts.{suffix}"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return {"train_data_dir": None, "prompts_file": path, **flags}
+
+    return build
+
+
+RLHF_CASES = {
+    "no prompts at all": ({"train_data_dir": None}, ["no training data", "--prompts_file"]),
+    "prompts and a data set": ({"prompts_file": "p.txt"}, ["--train_data_dir and --prompts_file", "give one"]),
+    "missing prompts to train on": (
+        {"train_data_dir": None, "prompts_file": "/no.txt"}, ["--prompts_file /no.txt", "cannot be read"],
+    ),
+    "prompts that are a folder": (
+        {"train_data_dir": None, "prompts_file": "tests"}, ["--prompts_file tests", "cannot be read"],
+    ),
+    "prompts that are all empty": (prompts("\n  \n"), ["holds no prompt", "one prompt a line"]),
+    "prompts in another encoding": (prompts("café".encode("latin-1")), ["--prompts_file", "UTF-8"]),
+    "csv without the column": (prompts("a,b\n1,2\n", "csv"), ["no 'text' in row 1, only a, b", "--caption_column"]),
+    "jsonl without the column": (prompts('{"a": "b"}', "jsonl"), ["no 'text' in row 1", "--caption_column"]),
+    "jsonl that is no JSON": (prompts("a red circle", "jsonl"), ["--prompts_file", "cannot be read"]),
+    "jsonl of lists": (prompts("[1]", "jsonl"), ["no 'text' in row 1, only list"]),
+    "prompts that are numbers": (prompts('{"text": 3}', "jsonl"), ["int 3 in row 0", "not a text"]),
+    "wrong caption column of a data set": ({"caption_column": "cap"}, ["--caption_column 'cap'", "text"]),
+    "captions that are pictures": ({"caption_column": "image"}, ["--caption_column 'image'", "not a text"]),
+    "one branch": ({"num_noisy_latents": 1}, ["--num_noisy_latents is 1", "2 branches"]),
+    "no branches": ({"num_noisy_latents": 0}, ["--num_noisy_latents is 0"]),
+    "beta of zero": ({"beta_dpo": 0}, ["--beta_dpo is 0", "above 0"]),
+    "negative margin": ({"reward_margin_scale": -1}, ["--reward_margin_scale is -1", "negative"]),
+    "negative guidance": ({"guidance_scale": -1}, ["--guidance_scale is -1", "negative"]),
+    "no reuse": ({"generation_reuse": 0}, ["--generation_reuse is 0"]),
+    "no generation batch": ({"generation_batch_size": 0}, ["--generation_batch_size is 0"]),
+    "some latents": ({"latents_per_prompt": 2}, ["--latents_per_prompt", "2"]),
+    "samples of one latent": ({"reward_on": "sample"}, ["--reward_on=sample", "--latents_per_prompt=n"]),
+    "one latent and one noise": ({"share_noise_in_pair": True}, ["--share_noise_in_pair", "--latents_per_prompt=n"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "case"),
+    [
+        *(("SFT", case) for case in CASES),
+        *(("RLHF", case) for case in CASES if case not in SFT_ONLY),
+        *(("RLHF", case) for case in RLHF_CASES),
+    ],
+    indirect=["method"],
+)
+def test_refused_in_one_sentence(method, case, train, flags, world, tmp_path, capsys, request, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    changes, expected = CASES[case]
+    changes, expected = (CASES | RLHF_CASES)[case]
     if callable(changes):
         changes = changes(tmp_path, world)
     if torch_gpu() and "GPU" in case:
@@ -183,6 +236,11 @@ def test_refused_in_one_sentence(case, train, flags, world, tmp_path, capsys, re
     assert sorted(str(path) for path in tmp_path.rglob("checkpoint-*")) == before
 
 
+@pytest.fixture
+def method(request):
+    return request.param
+
+
 def torch_gpu():
     import torch
 
@@ -190,6 +248,7 @@ def torch_gpu():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["SFT", "RLHF"], indirect=True)
 @pytest.mark.parametrize("launcher", ["python", "accelerate"])
 def test_refused_through_a_real_launch(launcher, launch, flags):
     result = launch(flags(resolution=100), launcher)
