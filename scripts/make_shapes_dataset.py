@@ -1,10 +1,10 @@
 """Write the captioned-shapes data set as an ordinary image folder: PNG files and a metadata.jsonl.
 
     python scripts/make_shapes_dataset.py --output_dir outputs/shapes --num_images 2000
-    python scripts/make_shapes_dataset.py --held_out_prompts outputs/held_out.txt
+    python scripts/make_shapes_dataset.py --held_out_prompts outputs/held_out.txt --training_prompts outputs/prompts.txt
 
 The first loads with `datasets.load_dataset("imagefolder", data_dir=...)` and with `--train_data_dir` of the training
-script; the second writes the prompts that no fine-tuning set contains, one per line.
+scripts; the second writes the prompts that no fine-tuning set contains, and those that one may, one per line.
 """
 
 import argparse
@@ -67,14 +67,14 @@ def write_dataset(
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_held_out_prompts(path: str | Path) -> None:
-    """Write the nine held-out prompts to a text file, one per line."""
+def write_prompts(path: str | Path, captions: str) -> None:
+    """Write the captions of a set, "training" (45) or "held_out" (9), to a text file, one per line."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(held_out_captions()) + "\n", encoding="utf-8")
+        path.write_text("\n".join(CAPTION_SETS[captions]()) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--held_out_prompts {path} cannot be written ({error}); name another file.") from error
+        raise UserError(f"--{captions}_prompts {path} cannot be written ({error}); name another file.") from error
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,9 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wrong_fraction", type=float, default=0.0, help="share of images with a wrong caption")
     parser.add_argument("--captions", choices=sorted(CAPTION_SETS), default="training")
     parser.add_argument("--held_out_prompts", metavar="FILE", help="write the held-out prompts here, one per line")
+    parser.add_argument("--training_prompts", metavar="FILE", help="write all other prompts here, one per line")
     args = parser.parse_args(argv)
-    if args.output_dir is None and args.held_out_prompts is None:
-        parser.error("name something to write: --output_dir for images or --held_out_prompts for a prompt file.")
+    if args.output_dir is None and args.held_out_prompts is None and args.training_prompts is None:
+        parser.error("name something to write: --output_dir for images, --held_out_prompts or --training_prompts.")
     if args.num_images < 1:
         parser.error(f"--num_images must be at least 1, not {args.num_images}.")
     if args.size < 16:
@@ -108,9 +109,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.output_dir is not None:
             write_dataset(args.output_dir, args.num_images, args.seed, args.size, args.wrong_fraction, args.captions)
             print(f"{args.num_images} images of {args.size} px ({args.captions} captions) in {args.output_dir}")
-        if args.held_out_prompts is not None:
-            write_held_out_prompts(args.held_out_prompts)
-            print(f"{len(held_out_captions())} held-out prompts in {args.held_out_prompts}")
+        for captions in ("held_out", "training"):
+            path = getattr(args, f"{captions}_prompts")
+            if path is not None:
+                write_prompts(path, captions)
+                print(f"{len(CAPTION_SETS[captions]())} {captions.replace('_', '-')} prompts in {path}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

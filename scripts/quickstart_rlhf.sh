@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# RLHF Diffusion-Sharpening of the tiny SDXL from prompts alone: environment, training, comparison. No download but packages.
+# Flags given here go to the training script, come last and win.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+install requirements.txt
+source "$VENV/bin/activate"
+OUT=${OUTPUT_DIR:-outputs/quickstart_rlhf}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if [ -e "$OUT" ]; then
+  echo "error: $OUT already exists; remove it, or set OUTPUT_DIR to another folder" >&2
+  exit 2
+fi
+started=$SECONDS
+
+python scripts/make_shapes_dataset.py --training_prompts "$OUT/prompts.txt" --held_out_prompts "$OUT/held_out_prompts.txt"
+
+accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+  train_rlhf_diffusion_sharpening_sdxl.py \
+  --pretrained_model_name_or_path=scripts/tiny_sdxl \
+  --prompts_file="$OUT/prompts.txt" --cache_dir="$OUT/cache" \
+  --resolution=32 --reward_model=shapes \
+  --reward_on=sample --latents_per_prompt=n --share_noise_in_pair \
+  --num_noisy_latents=4 --trajectory_nums=1 --infer_steps=10 --guidance_scale=1 \
+  --beta_dpo=200 \
+  --train_batch_size=24 --max_train_steps=150 --seed=0 \
+  --learning_rate=1e-4 --lr_scheduler=cosine --lr_warmup_steps=15 \
+  --adam_weight_decay=0 --use_ema --ema_decay=0.95 \
+  --generation_batch_size=96 --score_batch_size=96 --decode_batch_size=96 \
+  --validation_prompts_file="$OUT/held_out_prompts.txt" --num_validation_images=16 --validation_guidance_scale=1 \
+  --validation_steps=30 --validation_epochs=0 \
+  --checkpointing_steps=150 --report_to=tensorboard \
+  --output_dir="$OUT/run" "$@"
+
+python scripts/compare_models.py --base scripts/tiny_sdxl --trained "$OUT/run" \
+  --prompts "$OUT/held_out_prompts.txt" --reward_model shapes --num_images 400 --guidance_scale 1 --batch_size 50 \
+  --output_dir "$OUT/comparison"
+echo "              reward curve  $OUT/run/reward_curve.png"
+echo "                      time  $((SECONDS - started)) s after installation"
