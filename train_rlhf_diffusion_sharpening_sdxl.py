@@ -71,7 +71,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         default="trajectory",
         help="what is judged: the clean estimates along a branch (paper), or the generated latent it starts from",
     )
-    g.add_argument("--share_noise_in_pair", action="store_true", help="noise all latents of a prompt alike, as in DPO")
+    g.add_argument(
+        "--share_noise_in_pair",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="noise all latents of a prompt alike, as Diffusion-DPO does",
+    )
     g.add_argument("--beta_dpo", type=float, default=2500, help="beta of eq. 11, without DPO's factor 1/2")
     g.add_argument("--reward_margin_scale", type=float, default=1.0, help="scale of the reward margin; 0: without")
     g.add_argument(

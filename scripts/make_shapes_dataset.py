@@ -1,7 +1,7 @@
 """Write the captioned-shapes data set as an ordinary image folder: PNG files and a metadata.jsonl.
 
     python scripts/make_shapes_dataset.py --output_dir outputs/shapes --num_images 2000
-    python scripts/make_shapes_dataset.py --held_out_prompts outputs/held_out.txt --training_prompts outputs/prompts.txt
+    python scripts/make_shapes_dataset.py --held_out_prompts held_out.txt --training_prompts prompts.txt
 
 The first loads with `datasets.load_dataset("imagefolder", data_dir=...)` and with `--train_data_dir` of the training
 scripts; the second writes the prompts that no fine-tuning set contains, and those that one may, one per line.
