@@ -1,0 +1,52 @@
+"""Why `--reward_on trajectory` can credit the wrong branch: measured on the trained tiny SDXL, as the README says.
+
+The loss pulls the model towards the latent that the better branch started from. Judging clean estimates along the
+branch finds the better latent where little noise was added, and hardly better than a coin where much was.
+"""
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import UNet2DConditionModel
+
+from reward import load_reward
+from sharpening import sdxl, shapes
+from sharpening.trajectory import Schedule, generate, score_branches, score_samples
+
+
+@pytest.mark.slow
+def test_estimates_along_a_branch_tell_the_better_latent_at_low_noise_only():
+    source = sdxl.Source("pretrained_model_name_or_path", str(ROOT / "scripts" / "tiny_sdxl"))
+    unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32).eval()
+    vae = source.load(sdxl.AutoencoderKL, "vae", dtype=torch.float32)
+    encoders = sdxl.TextEncoders.load(source, torch.device("cpu"), torch.float32)
+    unconditional = sdxl.unconditional_embedding(source, encoders)
+    schedule = Schedule.from_config(source.read_json("scheduler/scheduler_config.json"), 10)
+    reward, generator = load_reward("shapes"), torch.Generator().manual_seed(0)
+    prompts = [caption for caption in shapes.training_captions() * 2 for _ in range(2)]  # two latents for each
+    embeds, pooled = encoders.encode(prompts)
+    condition = sdxl.Condition(embeds, pooled, sdxl.default_time_ids(len(prompts), 32, embeds.device))
+
+    def model_of(rows):
+        return sdxl.branch_model(unet, condition.rows(rows), unconditional, 1.0)
+
+    def judge(latents, rows):
+        return reward.score(sdxl.decode_latents(vae, latents, 96), [prompts[row] for row in rows])
+
+    every = torch.arange(len(prompts))
+    with torch.no_grad():
+        latents = generate(*model_of(every)[:1], schedule, torch.randn(len(prompts), 4, 8, 8, generator=generator))
+    samples = score_samples(judge, latents, 96).rewards.view(-1, 2)
+    difference = samples[:, 0] - samples[:, 1]
+    far = difference.abs() > 0.2
+    assert far.sum() > 40
+    agreement = {}
+    for timestep in (100, 900):
+        t = torch.full((len(prompts),), timestep)
+        eps = torch.randn(len(prompts) // 2, 4, 8, 8, generator=generator).repeat_interleave(2, 0)
+        scores = score_branches(model_of, judge, schedule, schedule.add_noise(latents, eps, t), t, 1, 96)
+        estimates = scores.rewards.view(-1, 2)
+        agree = (estimates[:, 0] > estimates[:, 1]) == (difference > 0)
+        agreement[timestep] = float(agree[far].float().mean())
+    assert agreement[100] > 0.95
+    assert agreement[900] < 0.75
