@@ -264,6 +264,22 @@ def test_flag_changes_what_is_learned(changes, train, flags, tmp_path):
     assert abs(plain["loss"] - changed["loss"]) > 1e-4
 
 
+def test_prompt_without_two_scores_carries_no_gradient(train, flags, prompts, tmp_path):
+    """One prompt's images never have a score, the other's always; the pair of the latter alone counts."""
+    code = (
+        "import torch\n\n\ndef picky(images, prompts):\n    scores = images.mean((1, 2, 3))\n"
+        "    return torch.where(torch.tensor(['red' in p for p in prompts]), torch.nan, scores)\n"
+    )
+    (tmp_path / "mine.py").write_text(code)
+    options = {"reward_model": f"{tmp_path}/mine.py:picky", "prompts_file": prompts, "train_data_dir": None}
+    options |= {"max_train_steps": 1, "infer_steps": 5, "reward_failure": "skip"}
+    assert train(flags(**options)) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert line["reward/failure_rate"] == 0.5
+    assert math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
+    assert train(flags(**{**options, "reward_failure": "raise"}, output_dir=tmp_path / "raise")) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------- warnings
 
 
