@@ -95,7 +95,6 @@ def main(args: argparse.Namespace) -> int:
     import torch
     from diffusers.optimization import get_scheduler
     from torch.utils.data import DataLoader
-    from tqdm.auto import tqdm
 
     from reward import load_reward
     from sharpening import checkpoints, data, draws, publishing, run, sdxl, tracking
@@ -138,7 +137,6 @@ def main(args: argparse.Namespace) -> int:
     start_step, run_id = checkpoints.resolve_run(accelerator, args, checkpoint)
     reward = load_reward(args.reward_model, device, **run.reward_options(args, world_size))
     run.start_trackers(accelerator, args, run_id)
-    metrics_file = tracking.MetricsFile(output_dir / "metrics.jsonl", start_step) if is_main else None
 
     # -------------------------------------------------------------------------------------------------- MODELS
     vae = sdxl.load_vae(args, source, device, weight_dtype)
@@ -185,8 +183,7 @@ def main(args: argparse.Namespace) -> int:
     # ------------------------------------------------------------------------------------------------ TRAINING
     stop = run.StopSignal()
     means = tracking.Means(device)
-    watch = tracking.Watch(args, parameters)
-    progress = tqdm(total=num_steps, initial=start_step, desc="steps", disable=not is_main)
+    log = tracking.StepLog(accelerator, args, parameters, start_step, num_steps)
     step, metrics = start_step, {}
     for step in range(start_step + 1, num_steps + 1):
         started, failure = time.perf_counter(), ""
@@ -264,28 +261,15 @@ def main(args: argparse.Namespace) -> int:
             if ema is not None:
                 ema.step(parameters)
         optimizer.zero_grad()
+        metrics["samples_per_second"] = batch_size * accumulation * world_size / (time.perf_counter() - started)
 
-        if is_main:
-            metrics["samples_per_second"] = batch_size * accumulation * world_size / (time.perf_counter() - started)
-            metrics["peak_memory_gib"] = tracking.peak_memory_gib(device)
-            watch.check(metrics, parameters)
-            if step % args.branch_image_steps == 0:
-                worst = torch.arange(batch_size) * n + selection.worst
-                shown = {"branches/best": scores.last_estimate[best], "branches/worst": scores.last_estimate[worst]}
-                shown = {name: sdxl.decode_latents(vae, x, args.decode_batch_size) for name, x in shown.items()}
-                tracking.log_images(accelerator, output_dir, shown, step)
-            if validation.due(step, steps_per_epoch):
-                try:
-                    drawn, validated = validation.run(unet, ema, vae, schedule, reward)
-                    metrics.update(validated)
-                    tracking.log_images(accelerator, output_dir, {"validation/images": drawn}, step)
-                except RewardError as error:
-                    failure = f"validation at step {step}: {error}"
-            metrics_file.append(step, metrics)
-            accelerator.log(metrics, step=step)
-            progress.update()
-            shown = {name: metrics[name] for name in ("loss", "reward/mean") if name in metrics}
-            progress.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
+        if is_main and step % args.branch_image_steps == 0:
+            worst = torch.arange(batch_size) * n + selection.worst
+            shown = {"branches/best": scores.last_estimate[best], "branches/worst": scores.last_estimate[worst]}
+            shown = {name: sdxl.decode_latents(vae, x, args.decode_batch_size) for name, x in shown.items()}
+            tracking.log_images(accelerator, output_dir, shown, step)
+        failure = validation.step(accelerator, step, steps_per_epoch, metrics, unet, ema, vae, schedule, reward)
+        log.write(step, metrics)
         if run.any_rank(accelerator, bool(failure)):
             return run.fail(accelerator, args, step, run_id, failure or "the reward failed on another process")
         signal_number = run.any_rank(accelerator, stop.number)
@@ -295,11 +279,11 @@ def main(args: argparse.Namespace) -> int:
             return run.interrupted(accelerator, step, signal_number)
 
     # ---------------------------------------------------------------------------------------------------- SAVE
-    progress.close()
+    log.progress.close()
     if is_main:
         with averaged_weights(unet, ema):
             saved = publishing.save_result(args, source, unet, vae, step, metrics)
-        tracking.plot_rewards(metrics_file.path, output_dir / "reward_curve.png")
+        tracking.plot_rewards(log.path, output_dir / "reward_curve.png")
         print(f"saved the {saved} and reward_curve.png to {output_dir}", flush=True)
     run.finish(accelerator)
     if is_main and args.push_to_hub:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sharpening.trajectory import Preference, Schedule, Scores, Selection
 
@@ -143,6 +144,35 @@ class Watch:
         if kind not in self.said:
             self.said.add(kind)
             logger.warning(message)
+
+
+class StepLog:
+    """Everything that is said of an optimizer step: `metrics.jsonl`, trackers, progress bar, and `Watch`'s warnings.
+
+    For the main process; on others it writes nothing.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, args: Namespace, parameters: Sequence[Tensor], start_step: int, num_steps: int
+    ):
+        self.accelerator, self.parameters = accelerator, parameters
+        self.is_main = accelerator.is_main_process
+        self.progress = tqdm(total=num_steps, initial=start_step, desc="steps", disable=not self.is_main)
+        self.watch = Watch(args, parameters)
+        self.path = Path(args.output_dir) / "metrics.jsonl"
+        self.file = MetricsFile(self.path, start_step) if self.is_main else None
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Log a finished step."""
+        if not self.is_main:
+            return
+        metrics["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
+        self.watch.check(metrics, self.parameters)
+        self.file.append(step, metrics)
+        self.accelerator.log(metrics, step=step)
+        self.progress.update()
+        shown = {name: metrics[name] for name in ("loss", "reward/mean") if name in metrics}
+        self.progress.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
 
 
 def peak_memory_gib(device: torch.device) -> float:

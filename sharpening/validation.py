@@ -4,19 +4,19 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sharpening import sdxl
+from sharpening.scoring import Reward, RewardError
+from sharpening.tracking import log_images
 from sharpening.trajectory import Schedule, generate
-
-if TYPE_CHECKING:
-    from sharpening.scoring import Reward
 
 
 @contextmanager
@@ -47,6 +47,29 @@ class Validation:
         self.prompts = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
         self.embeddings = {prompt: encoders.encode([prompt]) for prompt in dict.fromkeys(prompts)}
 
+    def step(
+        self,
+        accelerator: Accelerator,
+        step: int,
+        steps_per_epoch: int,
+        metrics: dict[str, float],
+        *models: Any,
+    ) -> str:
+        """Validate on the main process if it is time, by `run(*models)`; add to the metrics and log the images.
+
+        Returns:
+            Why it failed, or nothing.
+        """
+        if not (accelerator.is_main_process and self.due(step, steps_per_epoch)):
+            return ""
+        try:
+            drawn, validated = self.run(*models)
+        except RewardError as error:
+            return f"validation at step {step}: {error}"
+        metrics.update(validated)
+        log_images(accelerator, Path(self.args.output_dir), {"validation/images": drawn}, step)
+        return ""
+
     def due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether step (from 1) ends a multiple of `--validation_steps` steps or of `--validation_epochs` epochs."""
         every = self.args.validation_steps, self.args.validation_epochs * steps_per_epoch
@@ -59,7 +82,7 @@ class Validation:
         ema: EMAModel | None,
         vae: AutoencoderKL,
         schedule: Schedule,
-        reward: "Reward",
+        reward: Reward,
     ) -> tuple[Tensor, dict[str, float]]:
         """Images (V, 3, H, W) in [0, 1] of all prompts, and the mean reward with its standard error of those scored.
 
