@@ -37,6 +37,7 @@ PRESETS = {
         **arguments.PRESETS["paper"],
         "guidance_scale": 5.0,
         "latents_per_prompt": "1",
+        "branch_noise": "fresh",
         "reward_margin": "inside",
         "reference_steps": "all",
     },
@@ -44,6 +45,7 @@ PRESETS = {
         **arguments.PRESETS["released"],
         "guidance_scale": 1.0,
         "latents_per_prompt": "n",
+        "branch_noise": "generation",
         "reward_margin": "outside",
         "reference_steps": "first",
     },
@@ -64,6 +66,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     g.add_argument("--latents_per_prompt", choices=["1", "n"], help="latents to branch from; unset: 1, released: n")
     g.add_argument("--generation_batch_size", type=int, default=8, help="latents per forward when generating")
     g.add_argument("--generation_reuse", type=int, default=1, help="optimizer steps that one generation serves")
+    g.add_argument(
+        "--branch_noise",
+        choices=["fresh", "generation"],
+        help="of the branches: noise of their own (paper), or that which their latents came from (released)",
+    )
     g = parser.add_argument_group("preference (RLHF)")
     g.add_argument(
         "--reward_on",
@@ -97,12 +104,21 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("guidance_scale", "reward_margin_scale"):
         require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}, but it must not be negative")
     require(args.beta_dpo > 0, f"--beta_dpo is {args.beta_dpo}, but it must be above 0")
-    given = {"share_noise_in_pair": args.share_noise_in_pair, "reward_on=sample": args.reward_on == "sample"}
-    for flag, on in given.items():
+    reuse_noise = args.branch_noise == "generation"
+    needs_latents = {
+        "share_noise_in_pair": args.share_noise_in_pair,
+        "reward_on=sample": args.reward_on == "sample",
+        "branch_noise=generation": reuse_noise,
+    }
+    for flag, on in needs_latents.items():
         require(
             args.latents_per_prompt == "n" or not on,
             f"--{flag} needs branches that start from different latents; add --latents_per_prompt=n",
         )
+    require(
+        not (reuse_noise and args.share_noise_in_pair),
+        "--share_noise_in_pair and --branch_noise=generation exclude each other; leave one of them out",
+    )
     return args
 
 
@@ -259,7 +275,7 @@ def main(args: argparse.Namespace) -> int:
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps
     )
     model, optimizer = accelerator.prepare(unet, optimizer)
-    generated: list[Tensor] = []  # the latents of each micro-batch, for as many updates as they serve
+    generated: list[dict] = []  # prompts and latents of each micro-batch, for as many updates as they serve
     checkpoints.register_checkpointing(accelerator, unet, ema, lr_scheduler, generated)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
@@ -297,38 +313,44 @@ def main(args: argparse.Namespace) -> int:
     for step in range(start_step + 1, num_steps + 1):
         started, generation_seconds, failure = time.perf_counter(), 0.0, ""
         use = (step - 1) % reuse
-        if use == 0:
-            generated.clear()
         if use == 0 or not prompt_batches:
             prompt_batches, sample_scores = [next(batches) for _ in range(accumulation)], []
+            # A checkpoint's latents serve the prompts that they were made for, on all processes or on none.
+            shape = (batch_size * latents_per_prompt, *latent_shape)
+            kept = [(entry["prompts"], tuple(entry["latents"].shape)) for entry in generated]
+            fits = kept == [(batch["caption"], shape) for batch in prompt_batches]
+            if run.any_rank(accelerator, use == 0 or not fits):
+                generated.clear()
         for micro_batch, batch in enumerate(prompt_batches):
             # ---------------------------------------------------------------------------------------- GENERATE
             prompts = batch["caption"]
             condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
             unet.eval()
+            noise = draws.draw_noise(args, batch["draw"], latents_per_prompt, latent_shape).flatten(0, 1).to(device)
             if len(generated) == micro_batch:
-                generation_started = time.perf_counter()
-                noise = (
-                    draws.draw_noise(args, batch["draw"], latents_per_prompt, latent_shape).flatten(0, 1).to(device)
-                )
-                latents = []
+                generation_started, latents = time.perf_counter(), []
                 with torch.no_grad():
                     for rows in torch.arange(len(noise)).split(args.generation_batch_size):
                         of_rows = condition.rows(rows // latents_per_prompt)
                         predict, guide = sdxl.branch_model(unet, of_rows, unconditional, args.guidance_scale)
                         latents.append(generate(predict, schedule, noise[rows], guide))
-                generated.append(torch.cat(latents))  # (B * latents_per_prompt, 4, h, w)
-                diverged = not generated[-1].isfinite().all()
+                generated.append({"prompts": prompts, "latents": torch.cat(latents)})
+                broken = not generated[-1]["latents"].isfinite().all()
                 generation_seconds += time.perf_counter() - generation_started
-                if run.any_rank(accelerator, diverged):
-                    message = f"step {step}: the generated latents are not finite; lower --learning_rate"
+                if run.any_rank(accelerator, broken):
+                    message = (
+                        f"step {step}: the generated latents are not finite; use --mixed_precision=bf16, or a lower "
+                        "--learning_rate if earlier steps were well"
+                    )
                     return run.fail(accelerator, args, step - 1, run_id, message)
 
             # ------------------------------------------------------------------------------------------ SAMPLE
-            x_0 = generated[micro_batch].repeat_interleave(n // latents_per_prompt, 0)  # (B * n, 4, h, w)
+            x_0 = generated[micro_batch]["latents"].to(device)  # (B * latents_per_prompt, 4, h, w)
+            x_0 = x_0.repeat_interleave(n // latents_per_prompt, 0)  # (B * n, 4, h, w)
             noises = 1 if args.share_noise_in_pair else n
             sample = draws.draw_branches(args, batch["draw"] * reuse + use, noises, latent_shape, probabilities)
             eps = sample.eps.expand(-1, n, -1, -1, -1).flatten(0, 1).to(device)
+            eps = noise if args.branch_noise == "generation" else eps
             t = sample.t.to(device).repeat_interleave(n)  # (B * n,)
             condition = condition.without_prompt(unconditional, sample.dropped)
             # Rows b * n + i are branch i of prompt b; all branches of a prompt share t.
@@ -428,6 +450,10 @@ def main(args: argparse.Namespace) -> int:
             return run.fail(accelerator, args, step - 1, run_id, message)
         metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics["lr"] = lr_scheduler.get_last_lr()[0]
+        # A GradScaler skips such a step and lowers its scale; without one it would spoil the weights for good.
+        if accelerator.scaler is None and not math.isfinite(metrics["grad_norm"]):
+            message = f"step {step}: the gradient is not finite; lower --learning_rate"
+            return run.fail(accelerator, args, step - 1, run_id, message)
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()

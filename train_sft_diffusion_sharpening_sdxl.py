@@ -255,6 +255,10 @@ def main(args: argparse.Namespace) -> int:
             return run.fail(accelerator, args, step - 1, run_id, message)
         metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics["lr"] = lr_scheduler.get_last_lr()[0]
+        # A GradScaler skips such a step and lowers its scale; without one it would spoil the weights for good.
+        if accelerator.scaler is None and not math.isfinite(metrics["grad_norm"]):
+            message = f"step {step}: the gradient is not finite; lower --learning_rate"
+            return run.fail(accelerator, args, step - 1, run_id, message)
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()

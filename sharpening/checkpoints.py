@@ -27,14 +27,16 @@ logger = get_logger(__name__)
 STATE_FILE = "state.json"  # written last: a checkpoint without it is incomplete
 GENERATED_FILE = "generated_latents_{}.pt"  # one for each process
 EMA_STATE_FILE = "ema.pt"  # beside the averaged adapter: the average itself and its count of steps
-# Flags that decide which draws a step sees or what it computes: changing one makes a resumed run another run.
-IDENTITY_FLAGS = (
-    "train_batch_size", "gradient_accumulation_steps", "num_noisy_latents", "trajectory_nums", "infer_steps",
-    "resolution", "use_lora", "lora_rank", "lora_alpha", "reward_model", "clip_model", "aesthetic_clip",
-    "compositional_models", "compositional_weights", "mllm_model", "mllm_template", "mllm_score", "learning_rate",
-    "lr_scheduler", "max_train_samples", "reward_on", "beta_dpo", "reward_margin_scale", "latents_per_prompt",
-    "generation_reuse", "guidance_scale", "share_noise_in_pair",
-)  # fmt: skip
+# Flags that decide neither which draws a step sees nor what it computes, or whose effect lies in other flags (the
+# preset) or is settled elsewhere (the seed). Changing any other one makes a resumed run another run.
+FREE_FLAGS = {
+    "seed", "preset", "output_dir", "logging_dir", "report_to", "resume_from_checkpoint", "dry_run", "max_train_steps",
+    "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "branch_image_steps", "validation_prompt",
+    "validation_prompts_file", "num_validation_images", "validation_steps", "validation_epochs",
+    "validation_guidance_scale", "push_to_hub", "hub_model_id", "score_batch_size", "decode_batch_size",
+    "generation_batch_size", "dataloader_num_workers", "cache_dir", "local_rank", "gradient_checkpointing",
+    "mllm_concurrency", "mllm_timeout", "mllm_max_retries", "mllm_max_calls",
+}  # fmt: skip
 
 
 def checkpoint_step(path: Path) -> int | None:
@@ -109,8 +111,9 @@ def resolve_run(accelerator: Accelerator, args: Namespace, checkpoint: Path | No
         state = json.loads((checkpoint / STATE_FILE).read_text())
         if args.seed is None:
             args.seed = state["args"]["seed"]
-        then = {f"--{name}": state["args"].get(name) for name in IDENTITY_FLAGS}
-        now = {f"--{name}": getattr(args, name, None) for name in IDENTITY_FLAGS}
+        names = sorted((state["args"].keys() & vars(args).keys()) - FREE_FLAGS)
+        then = {f"--{name}": state["args"][name] for name in names}
+        now = {f"--{name}": getattr(args, name) for name in names}
         then["the number of processes"], now["the number of processes"] = (
             state["world_size"],
             accelerator.num_processes,
@@ -135,13 +138,13 @@ def register_checkpointing(
     unet: UNet2DConditionModel,
     ema: EMAModel | None,
     lr_scheduler: LRScheduler,
-    generated: list[torch.Tensor] | None = None,
+    generated: list[dict[str, Any]] | None = None,
 ) -> None:
     """Make `save_state` and `load_state` cover the schedule, and the UNet and its average as diffusers folders.
 
     With an adapter (`--use_lora`) the adapter stands for the UNet: `lora` and `lora_ema` are what
-    `pipe.load_lora_weights` reads. `generated` is what every process on its own still has to use: latents of weights
-    that are gone (`--generation_reuse`); they are read back into that same list.
+    `pipe.load_lora_weights` reads. `generated` is what every process on its own still has to use: prompts and latents
+    of weights that are gone (`--generation_reuse`); they are read back into that same list, on the CPU.
     """
     lora = hasattr(unet, "peft_config")
 
@@ -166,7 +169,7 @@ def register_checkpointing(
         models.clear()
         pending = os.path.join(input_dir, GENERATED_FILE.format(accelerator.process_index))
         if generated is not None and os.path.exists(pending):
-            generated[:] = torch.load(pending, map_location=accelerator.device, weights_only=True)
+            generated[:] = torch.load(pending, map_location="cpu", weights_only=True)
         if not os.path.isdir(os.path.join(input_dir, "lora" if lora else "unet")):
             written, remedy = ("without", "leave the flag out") if lora else ("with", "add the flag")
             raise UserError(f"--use_lora: {input_dir} was written {written} it; {remedy}, or start a new run")
@@ -181,7 +184,8 @@ def register_checkpointing(
         if not os.path.isdir(folder):
             raise UserError(f"--use_ema: {input_dir} was written without it; leave the flag out, or start a new run")
         if lora:
-            ema.load_state_dict(torch.load(os.path.join(folder, EMA_STATE_FILE), weights_only=True))
+            state = torch.load(os.path.join(folder, EMA_STATE_FILE), map_location="cpu", weights_only=True)
+            ema.load_state_dict(state)
         else:
             ema.load_state_dict(EMAModel.from_pretrained(folder, UNet2DConditionModel).state_dict())
         ema.to(accelerator.device)

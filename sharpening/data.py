@@ -152,16 +152,24 @@ def load_prompts(
 
 def _read_prompts(path: Path, caption_column: str) -> Iterator[Any]:
     """The prompts of a file, unchecked, one at a time."""
+    kind = path.suffix.lower()
+    if kind not in ("", ".txt", ".csv", ".jsonl"):
+        raise UserError(f"--prompts_file {path} must end in .txt (a prompt on each line), .csv or .jsonl; rename it.")
     try:
-        with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-            if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
+            if kind == ".csv":
                 rows: Iterator[Any] = csv.DictReader(file)
-            elif path.suffix == ".jsonl":
+            elif kind == ".jsonl":
                 rows = (json.loads(line) for line in file if line.strip())
             else:
                 yield from file
                 return
             for number, row in enumerate(rows, 1):
+                if isinstance(row, dict) and None in row:
+                    raise UserError(
+                        f"--prompts_file {path} has more fields in row {number} than in its header; put prompts that "
+                        "hold commas in quotes, or give a text file."
+                    )
                 if not isinstance(row, dict) or caption_column not in row:
                     known = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                     raise UserError(

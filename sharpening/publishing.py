@@ -75,6 +75,9 @@ def model_card(args: Namespace, step: int, metrics: Mapping[str, float]) -> str:
     load = f'pipe = StableDiffusionXLPipeline.from_pretrained("{base if args.use_lora else name}")\n'
     if args.use_lora:
         load += f'pipe.load_lora_weights("{name}")\n'
+        if args.prediction_type is not None:
+            changed = f'pipe.scheduler.config, prediction_type="{args.prediction_type}"'
+            load += f"pipe.scheduler = pipe.scheduler.from_config({changed})\n"
     return (
         "---\n"
         f"{base_line}library_name: diffusers\npipeline_tag: text-to-image\n"

@@ -235,7 +235,14 @@ def load_frozen_unet(
     args: Namespace, source: Source, device: torch.device, dtype: torch.dtype
 ) -> UNet2DConditionModel:
     """A copy of the UNet that never trains, in `dtype`: the reference of full fine-tuning. Call it under autocast."""
-    unet = source.load(UNet2DConditionModel, "unet", dtype=dtype).requires_grad_(False).eval().to(device)
+    unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32).requires_grad_(False).eval()
+    for module in unet.modules():
+        # Autocast computes norms in float32 from float32 weights: rounded, they would set the reference apart from
+        # the model that it is a copy of.
+        if not isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+    unet = unet.to(device)
     return _with_attention(args, unet)
 
 

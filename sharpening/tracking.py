@@ -99,13 +99,12 @@ class Watch:
 
     FLAT_STEPS = 20  # steps in a row in which no prompt's branches differ in reward
     IDLE_STEPS = 20  # steps after which some parameter must have moved
-    CHANCE_STEPS = 100  # steps over which the accuracy is averaged; the first ones are a coin's by construction
-    CHANCE = 0.52
+    CHANCE_PAIRS = 2000  # pairs after which the accuracy is compared with a coin's: its standard error is then 0.011
 
-    def __init__(self, args: Namespace, parameters: Sequence[Tensor]):
-        self.branches = args.num_noisy_latents
+    def __init__(self, args: Namespace, rows: int, parameters: Sequence[Tensor]):
+        self.branches, self.rows = args.num_noisy_latents, rows  # rows of an optimizer step, over all processes
         self.flat = self.steps = 0
-        self.accuracies: list[float] = []
+        self.pairs = self.preferred = 0.0
         self.said: set[str] = set()
         # A few entries of each: Adam moves every entry that has a gradient.
         self.before = self._entries(parameters)
@@ -118,19 +117,22 @@ class Watch:
         """Look at a finished optimizer step: its metrics, and the parameters after it."""
         self.steps += 1
         self.flat = self.flat + 1 if metrics.get("reward/tie_rate") == 1 else 0
-        self.accuracies += [metrics["preference/accuracy"]] if "preference/accuracy" in metrics else []
+        pairs = self.rows * (1 - metrics.get("reward/tie_rate", 0)) if "preference/accuracy" in metrics else 0
+        self.preferred += pairs * metrics.get("preference/accuracy", 0)
+        self.pairs += pairs
         if self.flat == self.FLAT_STEPS and self.branches > 1:
             self._warn(
                 f"in {self.flat} steps no two branches of a prompt earned different rewards, so nothing is being "
                 "selected: look at the images in --output_dir, and try --reward_model on them by `python reward.py`"
             )
-        recent = self.accuracies[-self.CHANCE_STEPS :]
-        if len(recent) == self.CHANCE_STEPS and sum(recent) / len(recent) < self.CHANCE:
-            self._warn(
-                f"over the last {len(recent)} steps the model preferred the better branch no more often than a coin "
-                "would (preference/accuracy): raise --learning_rate or the rows per step, or see in the README when "
-                "--reward_on sample helps"
-            )
+        if self.pairs >= self.CHANCE_PAIRS > self.pairs - pairs:
+            accuracy, coin = self.preferred / self.pairs, 0.5 + 2 * 0.5 / self.pairs**0.5
+            if accuracy < coin:
+                self._warn(
+                    f"the model preferred the better branch in {accuracy:.3f} of {self.pairs:.0f} pairs, which cannot "
+                    "be told from a coin's 0.5 (preference/accuracy): raise --learning_rate, or see in the README "
+                    "when --reward_on sample helps"
+                )
         if self.steps == self.IDLE_STEPS:
             if all(map(torch.equal, self.before, self._entries(parameters))):
                 self._warn(
@@ -158,7 +160,8 @@ class StepLog:
         self.accelerator, self.parameters = accelerator, parameters
         self.is_main = accelerator.is_main_process
         self.progress = tqdm(total=num_steps, initial=start_step, desc="steps", disable=not self.is_main)
-        self.watch = Watch(args, parameters)
+        rows = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        self.watch = Watch(args, rows, parameters)
         self.path = Path(args.output_dir) / "metrics.jsonl"
         self.file = MetricsFile(self.path, start_step) if self.is_main else None
 

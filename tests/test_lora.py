@@ -138,3 +138,14 @@ def test_adapter_begins_as_the_identity_and_switched_off_is_the_base_model_bit_f
         assert torch.equal(outputs(reference), outputs(base))
     assert not torch.allclose(outputs(unet), outputs(base), atol=1e-2)  # and on again
     assert len(sdxl.trainable_parameters(unet)) == count > 0
+
+
+@pytest.mark.parametrize("prediction_type", [None, "v_prediction"])
+def test_card_says_how_to_sample_what_was_trained(prediction_type, train, flags, world, tmp_path, trained):
+    """The card's own code, run as it stands, draws with the adapter and the scheduler that it was trained for."""
+    assert train(flags(**{**LORA, "prediction_type": prediction_type, "max_train_steps": 1})) == 0
+    code = (tmp_path / "run" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace('load_lora_weights("run")', f'load_lora_weights("{tmp_path}/run")'), names)
+    assert names["pipe"].scheduler.config.prediction_type == (prediction_type or "epsilon")
+    torch.testing.assert_close(outputs(names["pipe"].unet), outputs(trained[0].eval()), rtol=1e-5, atol=1e-6)

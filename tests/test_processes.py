@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, launcher_words, metrics, same_files
+from conftest import ROOT, SCRIPTS, launcher_words, metrics, same_files, same_tensors
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
@@ -86,6 +86,19 @@ def test_two_processes_equal_one_of_twice_the_batch(extra, method, train, flags,
     difference = torch.cat([left[name] - right[name] for name in left]).abs()
     # Adam's first steps are nearly signs: where a gradient is all rounding, a weight may go either way.
     assert (difference > 1e-5).float().mean() <= ROUNDING[method]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["RLHF"])
+def test_two_processes_resume_amid_a_reused_generation(launch, flags, tmp_path):
+    options = {"generation_reuse": 3, "checkpointing_steps": 1, "infer_steps": 3, "max_train_steps": 3}
+    options |= {"gradient_accumulation_steps": 2, "use_lora": True, "use_ema": True}
+    for run, changes in (("whole", {}), ("resumed", {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-2"})):
+        result = launch(flags(**options, **changes, output_dir=tmp_path / run), "torchrun")
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "whole" / "checkpoint-2" / "generated_latents_1.pt").exists()
+    weights = "checkpoint-3/lora/pytorch_lora_weights.safetensors"
+    assert same_tensors(tmp_path / "whole" / weights, tmp_path / "resumed" / weights)
 
 
 @pytest.mark.slow

@@ -113,9 +113,9 @@ def test_rlhf_presets():
     from train_rlhf_diffusion_sharpening_sdxl import parse_args
 
     paper, released = parse_args(REQUIRED), parse_args([*REQUIRED, "--preset=released"])
-    names = ("guidance_scale", "latents_per_prompt", "reward_margin", "reference_steps", "branch_guidance_scale")
-    assert [getattr(paper, name) for name in names] == [5.0, "1", "inside", "all", 1.0]
-    assert [getattr(released, name) for name in names] == [1.0, "n", "outside", "first", 1.0]
+    names = ("guidance_scale", "latents_per_prompt", "branch_noise", "reward_margin", "reference_steps")
+    assert [getattr(paper, name) for name in names] == [5.0, "1", "fresh", "inside", "all"]
+    assert [getattr(released, name) for name in names] == [1.0, "n", "generation", "outside", "first"]
     assert (paper.beta_dpo, paper.reward_margin_scale, paper.reward_on) == (2500, 1.0, "trajectory")
     assert parse_args([*REQUIRED, "--preset=released", "--guidance_scale=3"]).guidance_scale == 3
 

@@ -191,6 +191,8 @@ RLHF_CASES = {
     "jsonl without the column": (prompts('{"a": "b"}', "jsonl"), ["no 'text' in row 1", "--caption_column"]),
     "jsonl that is no JSON": (prompts("a red circle", "jsonl"), ["--prompts_file", "cannot be read"]),
     "jsonl of lists": (prompts("[1]", "jsonl"), ["no 'text' in row 1, only list"]),
+    "csv with an unquoted comma": (prompts("text\na cat, sitting\n", "csv"), ["more fields in row 1", "in quotes"]),
+    "prompts of another kind": (prompts("[]", "json"), ["must end in .txt", ".csv or .jsonl"]),
     "prompts that are numbers": (prompts('{"text": 3}', "jsonl"), ["int 3 in row 0", "not a text"]),
     "wrong caption column of a data set": ({"caption_column": "cap"}, ["--caption_column 'cap'", "text"]),
     "captions that are pictures": ({"caption_column": "image"}, ["--caption_column 'image'", "not a text"]),
@@ -203,6 +205,9 @@ RLHF_CASES = {
     "no generation batch": ({"generation_batch_size": 0}, ["--generation_batch_size is 0"]),
     "some latents": ({"latents_per_prompt": 2}, ["--latents_per_prompt", "2"]),
     "samples of one latent": ({"reward_on": "sample"}, ["--reward_on=sample", "--latents_per_prompt=n"]),
+    "shared and generating noise": (
+        {"preset": "released", "share_noise_in_pair": True}, ["--share_noise_in_pair and --branch_noise=generation"],
+    ),
     "one latent and one noise": ({"share_noise_in_pair": True}, ["--share_noise_in_pair", "--latents_per_prompt=n"]),
 }  # fmt: skip
 

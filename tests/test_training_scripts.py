@@ -90,6 +90,24 @@ def test_resuming_with_other_settings_is_pointed_out(train, flags, caplog):
     assert len(warnings) == 1 and "--train_batch_size was 2 and is now 4" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"branch_target": "consistent"}, {"snr_gamma": 5.0}, {"proportion_empty_prompts": 0.5}, {"noise_offset": 0.1},
+        {"branch_guidance_scale": 2.0}, {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 2.0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_any_flag_that_changes_the_computation_is_pointed_out(changes, train, flags, caplog):
+    common = {"max_train_steps": 1, "infer_steps": 3}
+    assert train(flags(**common, checkpointing_steps=1)) == 0
+    harmless = {"score_batch_size": 3, "checkpointing_steps": 7, "max_train_steps": 2, "dataloader_num_workers": 0}
+    assert train(flags(**{**common, **harmless, **changes}, resume_from_checkpoint="latest")) == 0
+    warnings = [record.message for record in caplog.records if "never interrupted" in record.message]
+    assert len(warnings) == len(changes)
+    assert all(any(f"--{name} was" in warning for warning in warnings) for name in changes)
+
+
 def test_only_the_newest_checkpoints_are_kept(train, flags, tmp_path):
     assert train(flags(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)) == 0
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-5"]
@@ -178,6 +196,24 @@ def test_failing_reward_stops_with_its_name_step_and_prompts_after_a_checkpoint(
     switch.unlink()
     assert train(flags(**options, resume_from_checkpoint="latest")) == 0
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_gradient_that_is_not_finite_never_reaches_the_weights(train, flags, tmp_path, capsys, monkeypatch):
+    from accelerate import Accelerator
+
+    clip, norms = Accelerator.clip_grad_norm_, []
+
+    def broken(self, *args, **kwargs):
+        norms.append(clip(self, *args, **kwargs))
+        return norms[-1] if len(norms) < 2 else torch.tensor(float("nan"))
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", broken)
+    assert train(flags(max_train_steps=3, checkpointing_steps=1, infer_steps=5)) == 1
+    error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert "step 2: the gradient is not finite; lower --learning_rate" in error
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    saved = load_file(tmp_path / "run" / "checkpoint-1" / STATE[0])
+    assert all(value.isfinite().all() for value in saved.values())
 
 
 def test_every_promised_curve_is_in_metrics_and_tensorboard(method, train, flags, tmp_path):
