@@ -19,6 +19,8 @@ from sharpening.trajectory import Preference, Schedule, Scores, Selection
 
 logger = logging.getLogger(__name__)
 
+ROUNDING = 1e-6  # of a difference of errors near 1 in float32; at the reference itself nothing else is left
+
 
 class Means:
     """Means over everything that an optimizer step saw: rows, micro-batches and ranks.
@@ -78,15 +80,17 @@ def add_preference(
     """Add the curves of B preference pairs; rewards (B, 2), best first, and decided (B,) as in `preference_loss`.
 
     `preference/accuracy` is the share of pairs in which the model, measured against the reference, fits the better
-    branch better (a half where both fit alike), `preference/logits` the mean argument of the log-sigmoid,
-    `preference/log_ratio_best` and `_worst` the two surrogates of `log p_theta / p_ref` whose difference it scales.
-    `preference/kl` is the mean squared difference of the two models' outputs on the states of the pairs: the KL
-    divergence of one denoising step from the reference's, up to the schedule's factor. divergence holds it, (2 B, k),
-    for the first k steps; active (2 B, m).
+    branch better (a half where both fit alike, up to rounding), `preference/logits` the mean argument of the
+    log-sigmoid, `preference/log_ratio_best` and `_worst` the two surrogates of `log p_theta / p_ref` whose difference
+    it scales. `preference/kl` is the mean squared difference of the two models' outputs on the states of the pairs:
+    the KL divergence of one denoising step from the reference's, up to the schedule's factor. divergence holds it,
+    (2 B, k), for the first k steps; active (2 B, m).
     """
     best, worst = preference.log_ratios.T
     means.add("loss", preference.loss, decided)
-    means.add("preference/accuracy", (best > worst).float() + 0.5 * (best == worst), decided)
+    difference = best - worst
+    alike = difference.abs() < ROUNDING
+    means.add("preference/accuracy", torch.where(alike, 0.5, (difference > 0).float()), decided)
     means.add("preference/logits", preference.logits, decided)
     means.add("preference/log_ratio_best", best, decided)
     means.add("preference/log_ratio_worst", worst, decided)

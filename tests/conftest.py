@@ -79,8 +79,9 @@ def method():
 
 
 @pytest.fixture
-def flags(world, tmp_path):
+def flags(world, tmp_path, method):
     """Build a command line: the base run, changed by keyword; None drops a flag, True makes a switch."""
+    quick = {"infer_steps": 5} if method == "RLHF" else {}  # 25 steps to generate are most of a tiny run's time
 
     def build(**changes):
         values = {
@@ -94,6 +95,7 @@ def flags(world, tmp_path):
             "reward_model": "shapes",
             "report_to": "none",
             "seed": 0,
+            **quick,
             **changes,
         }
         return [

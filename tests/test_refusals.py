@@ -100,7 +100,10 @@ CASES = {
     "resolution not divisible by 8": ({"resolution": 100}, ["--resolution is 100", "multiple of 8", "try 96"]),
     "no branch": ({"num_noisy_latents": 0}, ["--num_noisy_latents is 0", "at least 1"]),
     "no step": ({"trajectory_nums": 0}, ["--trajectory_nums is 0", "at least 1"]),
-    "more steps than a trajectory": ({"trajectory_nums": 26}, ["--trajectory_nums is 26", "--infer_steps=25"]),
+    "more steps than a trajectory": (
+        {"trajectory_nums": 26, "infer_steps": 25},
+        ["--trajectory_nums is 26", "--infer_steps=25"],
+    ),
     "more sampling steps than timesteps": ({"infer_steps": 1001}, ["--infer_steps", "1000"]),
     "bias beyond the schedule": (
         {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 2, "timestep_bias_end": 1001},

@@ -46,7 +46,7 @@ only_sft = pytest.mark.parametrize("method", ["SFT"], indirect=False)
 
 # How far rounding carries, relative to the norm: RLHF's gradient is the difference of two that nearly cancel, and its
 # latents come out of 25 steps whose rounding depends on the batch.
-ROUNDING = {"SFT": 1e-5, "RLHF": 1e-3}
+ROUNDING = {"SFT": 1e-5, "RLHF": 4e-3}
 
 
 def values(line):
@@ -140,7 +140,7 @@ def test_eight_accumulated_batches_of_one_equal_one_batch_of_eight(method, train
     left, right = values(metrics(whole)[0]), values(metrics(parts)[0])
     assert left.keys() == right.keys()
     for name in left:
-        assert left[name] == pytest.approx(right[name], rel=10 * ROUNDING[method], abs=1e-6), name
+        assert left[name] == pytest.approx(right[name], rel=10 * ROUNDING[method], abs=ROUNDING[method] / 10), name
 
 
 @only_sft
@@ -384,9 +384,9 @@ def test_another_decoder_scores(train, flags, world, tmp_path):
     assert metrics(tmp_path / "tiny")[0]["reward/mean"] != metrics(tmp_path / "own")[0]["reward/mean"]
 
 
-PLAN = {  # 8 prompts, n = 5, m = 3, guided branches: two rows each
+PLAN = {  # 8 prompts, n = 5, m = 3, guided branches: two rows each; 5 guided steps to generate
     "SFT": "240 rows to score, 48 rows to train, per process",
-    "RLHF": "400 rows to generate, 240 rows to score, 48 rows to reference, 96 rows to train, per process",
+    "RLHF": "80 rows to generate, 240 rows to score, 48 rows to reference, 96 rows to train, per process",
 }
 
 

@@ -204,17 +204,22 @@ def test_scoring_in_slices_equals_scoring_at_once_and_never_mixes_prompts(batch_
         seen.extend(rows.tolist())
         return x0_hat.mean((1, 2, 3)) + prompts_of_rows[rows], {"mean": x0_hat.mean((1, 2, 3))}
 
-    scores = score_branches(model, judge, schedule, x_t, t, 3, batch_size)
+    scores = score_branches(model, judge, schedule, x_t, t, 3, batch_size, keep_path=True)
     whole = score_branches(model, judge, schedule, x_t, t, 3, 12)
     torch.testing.assert_close(scores.rewards, whole.rewards)
     torch.testing.assert_close(scores.last_estimate, whole.last_estimate)
-    torch.testing.assert_close(scores.components["mean"], whole.components["mean"])
+    torch.testing.assert_close(scores.components["mean"], whole.components["mean"], equal_nan=True)
+    assert torch.equal(scores.components["mean"].isnan(), ~scores.active)
+    assert torch.equal(torch.stack([point.active for point in scores.path], 1), scores.active) and whole.path == []
     assert scores.active.sum(1).tolist() == [1] * 6 + [2] * 3 + [3] * 3
     assert len(seen) == 2 * int(scores.active.sum())  # inactive steps are never decoded or judged
     for row in range(12):
         scale = (row // 3 + 1) / 10
         alone = list(walk(lambda x, t, s=scale: s * x, schedule, x_t[row : row + 1], t[row : row + 1], 3))
         for k, point in enumerate(alone):
+            kept = scores.path[k].rows(torch.tensor([row]))
+            if point.active:
+                torch.testing.assert_close(kept, point)
             expected = float(point.x0_hat.mean()) + row // 3 if point.active else 0.0
             assert scores.rewards[row, k].item() == pytest.approx(expected, abs=1e-5)
 
