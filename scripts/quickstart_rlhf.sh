@@ -32,8 +32,7 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision n
   --checkpointing_steps=150 --report_to=tensorboard \
   --output_dir="$OUT/run" "$@"
 
-python scripts/compare_models.py --base scripts/tiny_sdxl --trained "$OUT/run" \
-  --prompts "$OUT/held_out_prompts.txt" --reward_model shapes --num_images 400 --guidance_scale 1 --batch_size 50 \
-  --output_dir "$OUT/comparison"
-echo "              reward curve  $OUT/run/reward_curve.png"
-echo "                      time  $((SECONDS - started)) s after installation"
+python scripts/evaluate.py --models base=scripts/tiny_sdxl trained="$OUT/run" --prompts "$OUT/held_out_prompts.txt" \
+  --reward_model shapes --num_images 400 --guidance_scale 1 --batch_size 50 --output_dir "$OUT/evaluation"
+echo "reward curve: $OUT/run/reward_curve.png"
+echo "time: $((SECONDS - started)) s after installation"

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from sharpening.arguments import public
 from sharpening.errors import UserError
-from sharpening.sdxl import Source, save_lora
+from sharpening.sdxl import LORA_FILE, Source, save_lora
 
 
 def save_result(
@@ -35,7 +34,7 @@ def save_result(
     else:
         _save_pipeline(args, source, unet, vae, partial)
     (partial / "README.md").write_text(model_card(args, step, metrics))
-    markers = ("model_index.json", LORA_WEIGHT_NAME_SAFE)
+    markers = ("model_index.json", LORA_FILE)
     for marker in markers:
         (output_dir / marker).unlink(missing_ok=True)
     for path in sorted(partial.iterdir(), key=lambda path: path.name in markers):

@@ -1,0 +1,197 @@
+"""Is the trained model better, by how much, at what cost, and was the reward gamed?
+
+    python scripts/evaluate.py --models base=MODEL tuned=outputs/run lora=outputs/lora --prompts prompts.txt \
+        --reward_model clip --metrics image_reward aesthetic --output_dir outputs/evaluation
+
+The first model is the base that the others are compared with. `--reward_model` is what was trained on, `--metrics` are
+rewards that were not, which rise too if the images got better and not the reward gamed. A folder that holds a LoRA
+adapter is applied to the base. Prompts are taken in turn until `--num_images` are drawn; image i of every model starts
+from the same noise. Images are kept in `--output_dir`: the same command again draws only what is missing.
+
+Writes `summary.json`, `summary.csv`, `scores.csv` (every image), `grid.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain file from anywhere
+
+from reward import load_reward, parse_reward_spec
+from sharpening.arguments import (
+    OneSentenceParser,
+    add_reward_flags,
+    check_reward_flags,
+    looks_local,
+    require,
+    reward_flags,
+)
+from sharpening.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+# What makes a folder a pipeline, or an adapter for the base.
+MARKERS = ("model_index.json", "pytorch_lora_weights.safetensors")
+SETTINGS = (
+    "prompts", "num_images", "num_inference_steps", "guidance_scale", "resolution", "seed", "reward_model", "metrics",
+)  # fmt: skip
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The flags, checked before anything is loaded; `models` becomes a dict of names and paths.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    parser = OneSentenceParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--models", required=True, nargs="+", metavar="NAME=PATH", help="pipelines or LoRA folders, the base first"
+    )
+    parser.add_argument(
+        "--prompts", required=True, help="a file, or shapes, drawbench, partiprompts, t2i-compbench:SPLIT"
+    )
+    parser.add_argument("--metrics", nargs="*", default=[], metavar="SPEC", help="rewards that were not trained on")
+    parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--num_images", type=int, default=400, help="images per model")
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="DDIM steps")
+    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--resolution", type=int, help="pixels; unset: the model's own")
+    parser.add_argument("--batch_size", type=int, default=4, help="images per forward")
+    parser.add_argument("--grid_images", type=int, default=18, help="prompts in the grid")
+    parser.add_argument("--seed", type=int, default=1_000_000, help="first seed, apart from those of training")
+    parser.add_argument("--cache_dir", help="where models and grades are cached")
+    add_reward_flags(parser.add_argument_group("reward"))
+    args = parser.parse_args(argv)
+    for name in ("num_images", "num_inference_steps", "batch_size", "grid_images"):
+        require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
+    require(args.guidance_scale >= 0, f"--guidance_scale is {args.guidance_scale}, but it must not be negative")
+    pairs = [entry.partition("=") for entry in args.models]
+    for name, separator, path in pairs:
+        require(bool(name and separator and path), f"--models {name}{separator}{path} must be NAME=PATH")
+        require(name.isidentifier(), f"--models {name}=...: the name becomes a folder; use letters, digits and _")
+        found = not looks_local(path) or any((Path(path).expanduser() / file).is_file() for file in MARKERS)
+        require(
+            found,
+            f"--models {path} holds no {' and no '.join(MARKERS)}; give a pipeline folder, a LoRA folder or a hub id",
+        )
+    args.models = {name: path for name, _, path in pairs}
+    require(len(args.models) == len(pairs), "--models: two models have one name; give each its own")
+    base = next(iter(args.models.values()))
+    require(
+        not (Path(base) / MARKERS[1]).is_file(),
+        f"--models: the base {base} is a LoRA adapter; name the pipeline that it was trained on first",
+    )
+    check_reward_flags(args)
+    for spec in args.metrics:
+        parse_reward_spec(spec)
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """Draw, score, print and save; returns the exit status."""
+    args = parse_args(argv)
+    import torch
+
+    from sharpening import evaluation
+    from sharpening.prompt_sets import load_prompt_set
+
+    distinct = load_prompt_set(args.prompts, args.cache_dir)
+    prompts = [distinct[index % len(distinct)] for index in range(args.num_images)]
+    device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    specs = list(dict.fromkeys([args.reward_model, *args.metrics]))
+    rewards = {spec: load_reward(spec, device, **reward_flags(args)) for spec in specs}
+    drawing = evaluation.Drawing(args.num_inference_steps, args.guidance_scale, args.resolution, args.seed)
+
+    base = next(iter(args.models.values()))
+    folders, costs = {}, {}
+    for name, path in args.models.items():
+        folders[name] = evaluation.image_folder(args.output_dir, name, evaluation.identity(path, base), drawing)
+
+        def load(path: str = path) -> evaluation.StableDiffusionXLPipeline:
+            return evaluation.load_pipeline(path, base, device)
+
+        costs[name] = evaluation.draw_missing(load, folders[name], prompts, drawing, args.batch_size, name)
+
+    images = {name: evaluation.read_images(folder, prompts) for name, folder in folders.items()}
+    scores = {spec: {name: score(rewards[spec], drawn, prompts) for name, drawn in images.items()} for spec in specs}
+    results = {}
+    for spec, by_model in scores.items():
+        of_base = next(iter(by_model.values()))
+        results[spec] = {
+            name: evaluation.compare(values, None if values is of_base else of_base)
+            for name, values in by_model.items()
+        }
+    write_files(args, results, scores, costs, prompts)
+    shown = {name: drawn[: args.grid_images] for name, drawn in images.items()}
+    evaluation.write_grid(shown, prompts[: args.grid_images], args.output_dir / "grid.png")
+    print(
+        f"\n{args.num_images} images of {len(distinct)} prompts, guidance {args.guidance_scale:g}, "
+        f"{args.num_inference_steps} DDIM steps\n"
+    )
+    print(evaluation.table(results, args.reward_model))
+    for name, cost in costs.items():
+        print(f"{name}: {cost.nfe:g} NFE and {cost.seconds:.3g} s per image")
+    print(f"written to {args.output_dir}: summary.json, summary.csv, scores.csv, grid.png")
+    return 0
+
+
+def score(reward: object, images: Tensor, prompts: list[str]) -> np.ndarray:
+    """Rewards (N,) of images (N, 3, H, W), 64 at a time."""
+    import torch
+
+    parts = zip(images.split(64), range(0, len(prompts), 64), strict=True)
+    return torch.cat([reward.get_reward(part, prompts[i : i + len(part)]) for part, i in parts]).double().numpy()
+
+
+def write_files(args: argparse.Namespace, results: dict, scores: dict, costs: dict, prompts: list[str]) -> None:
+    """`summary.json`, `summary.csv` and `scores.csv`."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    summary = {
+        "settings": settings,
+        "models": {name: {"path": path, **costs[name]._asdict()} for name, path in args.models.items()},
+        "metrics": {spec: {name: c._asdict() for name, c in models.items()} for spec, models in results.items()},
+    }
+    (args.output_dir / "summary.json").write_text(json.dumps(without_nan(summary), indent=2))
+    rows = [
+        {"metric": spec, "model": name, **c._asdict(), **costs[name]._asdict()}
+        for spec, models in results.items()
+        for name, c in models.items()
+    ]
+    columns = [f"{name}/{spec}" for spec in scores for name in args.models]
+    per_image = [
+        {"prompt": prompt, "seed": args.seed + index}
+        | dict(zip(columns, (scores[spec][name][index] for spec in scores for name in args.models), strict=True))
+        for index, prompt in enumerate(prompts)
+    ]
+    for file, records in (("summary.csv", rows), ("scores.csv", per_image)):
+        with (args.output_dir / file).open("w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, list(records[0]))
+            writer.writeheader()
+            writer.writerows(without_nan(records))
+
+
+def without_nan(value: object) -> object:
+    """The same with None for NaN, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,233 @@
+"""Evaluating models: images drawn once and kept, scores, and statistics that are paired by prompt and seed.
+
+Image i of every model is drawn for prompt `i mod number of prompts` from noise of seed `seed + i`, so that models are
+compared on the same noise. Images are kept as PNG and scores are computed from those files: a metric computed twice
+is identical, and what was not drawn yet when a run was interrupted is all that the next one draws.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sharpening.errors import UserError, first_line
+from sharpening.sdxl import LORA_FILE, Source
+from sharpening.tracking import to_numpy
+
+PARTS = ("unet", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn; every field shapes them."""
+
+    steps: int
+    guidance_scale: float
+    resolution: int | None
+    seed: int
+
+
+class Cost(NamedTuple):
+    """What drawing cost, per image; NaN if every image was there already."""
+
+    nfe: float  # rows through the UNet: guidance costs two a step
+    seconds: float
+
+
+def load_pipeline(path: str, base: str, device: torch.device) -> StableDiffusionXLPipeline:
+    """A pipeline, or the base pipeline with the LoRA adapter in the folder `path`; float16 on a GPU, with DDIM.
+
+    Raises:
+        UserError: naming `--models`.
+    """
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    is_adapter = (Path(path) / LORA_FILE).is_file()
+    pipeline = Source("models", base if is_adapter else path).load(StableDiffusionXLPipeline, dtype=dtype)
+    if is_adapter:
+        try:
+            pipeline.load_lora_weights(path)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--models: the adapter in {path} does not fit {base} ({first_line(error)}); name its base first"
+            ) from error
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.to(device).set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def identity(path: str, base: str) -> str:
+    """What names the weights in a cache key: a folder by its files' sizes and times, a hub id by itself."""
+    if not (Path(path) / LORA_FILE).is_file():
+        return Source("models", path).identity(*PARTS)
+    status = (Path(path) / LORA_FILE).stat()
+    adapter = f"{Path(path).resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    return f"{adapter} on {Source('models', base).identity(*PARTS)}"
+
+
+def image_names(prompts: Sequence[str]) -> list[str]:
+    """File names: the place, which decides the seed, and the prompt, so that another one is another image."""
+    return [f"{i:05d}-{hashlib.sha256(p.encode()).hexdigest()[:8]}.png" for i, p in enumerate(prompts)]
+
+
+def image_folder(root: Path, name: str, weights: str, drawing: Drawing) -> Path:
+    """Where the images of a model lie: a folder of its own for each weights and each way of drawing."""
+    key = json.dumps({"weights": weights, **asdict(drawing)}, sort_keys=True)
+    return root / "images" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def draw_missing(
+    load: Callable[[], StableDiffusionXLPipeline],
+    folder: Path,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    batch_size: int,
+    label: str,
+) -> Cost:
+    """Draw the images that `folder` lacks; `load()` gives the pipeline, and is not called when none is missing."""
+    names = image_names(prompts)
+    missing = [index for index, name in enumerate(names) if not (folder / name).exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    cost_file = folder / "cost.json"
+    spent = json.loads(cost_file.read_text()) if cost_file.exists() else {"images": 0, "rows": 0, "seconds": 0.0}
+    if missing:
+        pipeline = load()
+        counted = {"rows": 0}
+
+        def count(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            counted["rows"] += len(inputs[0])
+
+        pipeline.unet.register_forward_pre_hook(count)
+        for start in tqdm(range(0, len(missing), batch_size), desc=f"drawing {label}"):
+            batch, started, before = missing[start : start + batch_size], time.perf_counter(), counted["rows"]
+            images = pipeline(
+                prompt=[prompts[index] for index in batch],
+                generator=[torch.Generator().manual_seed(drawing.seed + index) for index in batch],
+                num_inference_steps=drawing.steps,
+                guidance_scale=drawing.guidance_scale,
+                height=drawing.resolution,
+                width=drawing.resolution,
+                output_type="pt",
+            ).images
+            arrays = to_numpy(images.float())  # waits for the GPU
+            spent["seconds"] += time.perf_counter() - started
+            spent["rows"] += counted["rows"] - before
+            spent["images"] += len(batch)
+            for index, array in zip(batch, arrays, strict=True):
+                partial = folder / f"{names[index]}.partial"
+                Image.fromarray(array).save(partial, format="PNG")
+                partial.replace(folder / names[index])
+            cost_file.write_text(json.dumps(spent))
+    images = spent["images"] or float("nan")
+    return Cost(spent["rows"] / images, spent["seconds"] / images)
+
+
+def read_images(folder: Path, prompts: Sequence[str]) -> Tensor:
+    """The images of the prompts, (N, 3, H, W) float32 in [0, 1]."""
+    arrays = [np.array(Image.open(folder / name).convert("RGB")) for name in image_names(prompts)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+class Comparison(NamedTuple):
+    """One metric of one model; the last five are against the base on the same prompts and seeds, NaN for the base."""
+
+    images: int  # that have a score, of both models
+    mean: float
+    standard_error: float
+    gain: float
+    gain_standard_error: float
+    win_rate: float  # share of images better than the base's, ties counting a half
+    win_low: float  # bounds of its 95% bootstrap interval
+    win_high: float
+
+
+def compare(scores: np.ndarray, base: np.ndarray | None, resamples: int = 2000, seed: int = 0) -> Comparison:
+    """Statistics of a model's scores (N,), paired with the base's (N,); images without a score in either are left out.
+
+    The interval is the percentile bootstrap's over pairs (Efron & Tibshirani 1993, chapter 13): it speaks of other
+    noise and other prompts of the same kind.
+    """
+    known = np.isfinite(scores) if base is None else np.isfinite(scores) & np.isfinite(base)
+    scores = scores[known]
+    count = len(scores)
+
+    def standard_error(values: np.ndarray) -> float:
+        return float(values.std(ddof=1) / count**0.5) if count > 1 else float("nan")
+
+    mean = float(scores.mean()) if count else float("nan")
+    if base is None or not count:
+        return Comparison(count, mean, standard_error(scores), *[float("nan")] * 5)
+    difference = scores - base[known]
+    wins = (difference > 0) + 0.5 * (difference == 0)
+    rng = np.random.default_rng(seed)
+    rates = np.array([wins[rng.integers(count, size=count)].mean() for _ in range(resamples)])
+    low, high = np.quantile(rates, [0.025, 0.975])
+    return Comparison(
+        count, mean, standard_error(scores), float(difference.mean()), standard_error(difference),
+        float(wins.mean()), float(low), float(high),
+    )  # fmt: skip
+
+
+def table(results: Mapping[str, Mapping[str, Comparison]], trained_on: str) -> str:
+    """The comparisons, metric -> model -> Comparison, as text, grouped by metric."""
+    header = ["metric", "model", "mean", "(se)", "gain", "(se)", "wins over base [95%]"]
+    lines = [header]
+    for metric, models in results.items():
+        label = f"{metric} (trained on)" if metric == trained_on else metric
+        for model, c in models.items():
+            cells = [label, model, f"{c.mean:.4f}", f"{c.standard_error:.4f}"]
+            if not np.isnan(c.gain):
+                cells += [f"{c.gain:+.4f}", f"{c.gain_standard_error:.4f}"]
+                cells += [f"{c.win_rate:.3f} [{c.win_low:.3f}, {c.win_high:.3f}]"]
+            lines.append([*cells, *[""] * (len(header) - len(cells))])
+            label = ""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    rule = "-" * max(map(len, text))
+    body = []
+    for line in text[1:]:
+        if line[0] != " ":
+            body.append(rule)
+        body.append(line)
+    return "\n".join([text[0], *body])
+
+
+def write_grid(images: Mapping[str, Tensor], prompts: Sequence[str], path: Path) -> None:
+    """A grid of strips, one for each prompt: the same noise drawn by every model, in their order."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = max(1, 12 // len(images))
+    rows = -(-len(prompts) // columns)
+    width = columns * 1.3 * len(images)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, rows * 1.75 + 0.4), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for index, (axis, prompt) in enumerate(zip(axes.flat, prompts, strict=False)):
+        parts = []
+        for drawn in images.values():
+            height = drawn.shape[2]
+            parts += [drawn[index], drawn.new_ones(3, height, max(1, height // 16))]
+        axis.imshow(torch.cat(parts[:-1], dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_title(prompt if len(prompt) < 42 else f"{prompt[:40]}...", fontsize=7)
+    figure.suptitle(f"same noise, from left to right: {', '.join(images)}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
