@@ -100,10 +100,17 @@ class Schedule:
         return clipped / divisor
 
 
-def ddim_step(schedule: Schedule, x0_hat: Tensor, eps_hat: Tensor, t: Tensor) -> Tensor:
-    """Deterministic DDIM (Song et al., arXiv 2010.02502, eq. 12, eta = 0): rows (R, ...) from t (R,) to t - stride."""
+def ddim_step(schedule: Schedule, x0_hat: Tensor, eps_hat: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+    """One DDIM step (Song et al., arXiv 2010.02502, eq. 12) of rows (R, ...) from t (R,) to t - stride.
+
+    Without `noise` it is deterministic (eta = 0); with it, of the same shape, stochastic (eta = 1).
+    """
     alpha, sigma = schedule.alpha_sigma(t - schedule.stride, x0_hat)
-    return alpha * x0_hat + sigma * eps_hat
+    if noise is None:
+        return alpha * x0_hat + sigma * eps_hat
+    alpha_t, sigma_t = schedule.alpha_sigma(t, x0_hat)
+    spread = sigma / sigma_t * (1 - (alpha_t / alpha) ** 2).clamp(min=0).sqrt()  # eq. 16
+    return alpha * x0_hat + (sigma**2 - spread**2).clamp(min=0).sqrt() * eps_hat + spread * noise
 
 
 class Step(NamedTuple):
