@@ -5,8 +5,9 @@
 
 The first model is the base that the others are compared with. `--reward_model` is what was trained on, `--metrics` are
 rewards that were not, which rise too if the images got better and not the reward gamed. A folder that holds a LoRA
-adapter is applied to the base. Prompts are taken in turn until `--num_images` are drawn; image i of every model starts
-from the same noise. Images are kept in `--output_dir`: the same command again draws only what is missing.
+adapter is applied to the base; `NAME=PATH@best_of_n:8` samples with a search for `--reward_model` (see
+`sharpening/search.py`). Prompts are taken in turn until `--num_images` are drawn; image i of every model starts from
+the same noise. Images are kept in `--output_dir`: the same command again draws only what is missing.
 
 Writes `summary.json`, `summary.csv`, `scores.csv` (every image), `grid.png`.
 """
@@ -55,7 +56,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--models", required=True, nargs="+", metavar="NAME=PATH", help="pipelines or LoRA folders, the base first"
+        "--models",
+        required=True,
+        nargs="+",
+        metavar="NAME=PATH[@SEARCH]",
+        help="pipelines or LoRA folders, the base first; a search is best_of_n:N, zero_order:ITERATIONS:NEIGHBOURS, "
+        "demon:CANDIDATES, path_integral:CANDIDATES or smc:PARTICLES",
     )
     parser.add_argument(
         "--prompts", required=True, help="a file, or shapes, drawbench, partiprompts, t2i-compbench:SPLIT"
@@ -79,12 +85,19 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name, separator, path in pairs:
         require(bool(name and separator and path), f"--models {name}{separator}{path} must be NAME=PATH")
         require(name.isidentifier(), f"--models {name}=...: the name becomes a folder; use letters, digits and _")
+        path, at, spec = path.partition("@")
+        if at:
+            from sharpening.search import parse as parse_search
+
+            parse_search(spec)
         found = not looks_local(path) or any((Path(path).expanduser() / file).is_file() for file in MARKERS)
         require(
             found,
             f"--models {path} holds no {' and no '.join(MARKERS)}; give a pipeline folder, a LoRA folder or a hub id",
         )
     args.models = {name: path for name, _, path in pairs}
+    args.searches = {name: path.partition("@")[2] or None for name, path in args.models.items()}
+    args.models = {name: path.partition("@")[0] for name, path in args.models.items()}
     require(len(args.models) == len(pairs), "--models: two models have one name; give each its own")
     base = next(iter(args.models.values()))
     require(
@@ -110,17 +123,22 @@ def main(argv: list[str]) -> int:
     device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     specs = list(dict.fromkeys([args.reward_model, *args.metrics]))
     rewards = {spec: load_reward(spec, device, **reward_flags(args)) for spec in specs}
-    drawing = evaluation.Drawing(args.num_inference_steps, args.guidance_scale, args.resolution, args.seed)
 
     base = next(iter(args.models.values()))
     folders, costs = {}, {}
     for name, path in args.models.items():
+        spec = args.searches[name]
+        drawing = evaluation.Drawing(
+            args.num_inference_steps, args.guidance_scale, args.resolution, args.seed, spec, spec and args.reward_model
+        )
         folders[name] = evaluation.image_folder(args.output_dir, name, evaluation.identity(path, base), drawing)
 
         def load(path: str = path) -> evaluation.StableDiffusionXLPipeline:
             return evaluation.load_pipeline(path, base, device)
 
-        costs[name] = evaluation.draw_missing(load, folders[name], prompts, drawing, args.batch_size, name)
+        costs[name] = evaluation.draw_missing(
+            load, folders[name], prompts, drawing, args.batch_size, name, rewards[args.reward_model]
+        )
 
     images = {name: evaluation.read_images(folder, prompts) for name, folder in folders.items()}
     scores = {spec: {name: score(rewards[spec], drawn, prompts) for name, drawn in images.items()} for spec in specs}
@@ -158,7 +176,10 @@ def write_files(args: argparse.Namespace, results: dict, scores: dict, costs: di
     settings = {name: getattr(args, name) for name in SETTINGS}
     summary = {
         "settings": settings,
-        "models": {name: {"path": path, **costs[name]._asdict()} for name, path in args.models.items()},
+        "models": {
+            name: {"path": path, "search": args.searches[name], **costs[name]._asdict()}
+            for name, path in args.models.items()
+        },
         "metrics": {spec: {name: c._asdict() for name, c in models.items()} for spec, models in results.items()},
     }
     (args.output_dir / "summary.json").write_text(json.dumps(without_nan(summary), indent=2))

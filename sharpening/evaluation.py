@@ -20,9 +20,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sharpening import sdxl, search
 from sharpening.errors import UserError, first_line
+from sharpening.scoring import Reward
 from sharpening.sdxl import LORA_FILE, Source
 from sharpening.tracking import to_numpy
+from sharpening.trajectory import Guide, Predict, Schedule
 
 PARTS = ("unet", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 
@@ -35,6 +38,8 @@ class Drawing:
     guidance_scale: float
     resolution: int | None
     seed: int
+    search: str | None = None  # see `search.parse`; None is plain sampling
+    reward: str | None = None  # what a search looks for
 
 
 class Cost(NamedTuple):
@@ -92,8 +97,12 @@ def draw_missing(
     drawing: Drawing,
     batch_size: int,
     label: str,
+    reward: Reward,
 ) -> Cost:
-    """Draw the images that `folder` lacks; `load()` gives the pipeline, and is not called when none is missing."""
+    """Draw the images that `folder` lacks; `load()` gives the pipeline, and is not called when none is missing.
+
+    `reward` is what a search (`drawing.search`) looks for.
+    """
     names = image_names(prompts)
     missing = [index for index, name in enumerate(names) if not (folder / name).exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,15 +118,8 @@ def draw_missing(
         pipeline.unet.register_forward_pre_hook(count)
         for start in tqdm(range(0, len(missing), batch_size), desc=f"drawing {label}"):
             batch, started, before = missing[start : start + batch_size], time.perf_counter(), counted["rows"]
-            images = pipeline(
-                prompt=[prompts[index] for index in batch],
-                generator=[torch.Generator().manual_seed(drawing.seed + index) for index in batch],
-                num_inference_steps=drawing.steps,
-                guidance_scale=drawing.guidance_scale,
-                height=drawing.resolution,
-                width=drawing.resolution,
-                output_type="pt",
-            ).images
+            texts, seeds = [prompts[index] for index in batch], [drawing.seed + index for index in batch]
+            images = _draw(pipeline, texts, seeds, drawing, reward)
             arrays = to_numpy(images.float())  # waits for the GPU
             spent["seconds"] += time.perf_counter() - started
             spent["rows"] += counted["rows"] - before
@@ -129,6 +131,43 @@ def draw_missing(
             cost_file.write_text(json.dumps(spent))
     images = spent["images"] or float("nan")
     return Cost(spent["rows"] / images, spent["seconds"] / images)
+
+
+def _draw(
+    pipeline: StableDiffusionXLPipeline, prompts: list[str], seeds: list[int], drawing: Drawing, reward: Reward
+) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], by the pipeline itself or by a search on its parts, from the same noise."""
+    if drawing.search is None:
+        return pipeline(
+            prompt=prompts,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=drawing.steps,
+            guidance_scale=drawing.guidance_scale,
+            height=drawing.resolution,
+            width=drawing.resolution,
+            output_type="pt",
+        ).images
+    unet, vae, device = pipeline.unet, pipeline.vae, pipeline.unet.device
+    embeds, negative, pooled, negative_pooled = (
+        part.float() for part in pipeline.encode_prompt(prompts, do_classifier_free_guidance=True)
+    )
+    size = drawing.resolution or pipeline.default_sample_size * pipeline.vae_scale_factor
+    condition = sdxl.Condition(embeds, pooled, sdxl.default_time_ids(len(prompts), size, device))
+    unconditional = sdxl.Unconditional(negative[:1], negative_pooled[:1])
+    schedule = Schedule.from_config(pipeline.scheduler.config, drawing.steps)
+
+    def model(rows: Tensor) -> tuple[Predict, Guide | None]:
+        predict, guide = sdxl.branch_model(unet, condition.rows(rows), unconditional, drawing.guidance_scale)
+        return predict, guide
+
+    def judge(latents: Tensor, rows: Tensor) -> Tensor:
+        decoded = sdxl.decode_latents(vae, latents, len(prompts))
+        return reward.get_reward(decoded, [prompts[row] for row in rows])
+
+    problem = search.Problem(model, judge, schedule, sdxl.latent_shape(vae, size), seeds, device)
+    name, arguments = search.parse(drawing.search)
+    with torch.autocast(device.type, enabled=device.type == "cuda"):
+        return sdxl.decode_latents(vae, search.METHODS[name](problem, *arguments), len(prompts))
 
 
 def read_images(folder: Path, prompts: Sequence[str]) -> Tensor:

@@ -9,11 +9,13 @@ Rows of B prompts with k candidates each are laid out as b * k + i. All noise of
 so what is found for a prompt does not depend on the others.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from sharpening.errors import UserError
 from sharpening.trajectory import Guide, Predict, Schedule, ddim_step, generate
 
 UNSCORED = -1e30  # below any reward, yet finite: weights are computed from it
@@ -208,3 +210,34 @@ def smc(problem: Problem, particles: int, temperature: float = 0.1) -> Tensor:
         rows = (torch.arange(problem.prompts)[:, None] * particles + ancestors).flatten()
         x = ddim_step(problem.schedule, x0_hat[rows], eps_hat[rows], t, problem.noise(particles))
     raise ValueError("the schedule has no timestep")
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "best_of_n": best_of_n,
+    "zero_order": zero_order,
+    "demon": demon,
+    "path_integral": path_integral,
+    "smc": smc,
+}
+
+
+def parse(spec: str) -> tuple[str, list[int | float]]:
+    """A search and its arguments after the problem, of a spec such as `best_of_n:8`, `zero_order:3:4` or `smc:8:0.05`.
+
+    Raises:
+        UserError: naming the spec and the remedy.
+    """
+    name, *words = spec.split(":")
+    if name not in METHODS:
+        raise UserError(f"--models ...@{spec}: there is no search {name}; choose one of {', '.join(METHODS)}")
+    parameters = list(inspect.signature(METHODS[name]).parameters.values())[1:]
+    kinds = [{"int": int, "float": float}[str(parameter.annotation.__name__)] for parameter in parameters]
+    required = sum(parameter.default is inspect.Parameter.empty for parameter in parameters)
+    form = ":".join([name, *(parameter.name for parameter in parameters)])
+    try:
+        values = [kind(word) for kind, word in zip(kinds, words, strict=False)]
+    except ValueError:
+        values = []
+    if not required <= len(values) == len(words) or any(value <= 0 for value in values):
+        raise UserError(f"--models ...@{spec} must be {form}, numbers above 0, the last ones optional")
+    return name, values

@@ -160,6 +160,24 @@ def test_lora_folder_is_applied_to_the_base(evaluate, folder, tmp_path):
     assert np.abs(drawn - expected).max() <= 1 < np.abs(drawn - base).max()
 
 
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_search_is_a_sampler_like_any_other(guidance, evaluate, folder, tmp_path):
+    """One candidate is the model itself; more cost what they say and are never worse in what they search for."""
+    model, rows = folder / "model0", 2 if guidance == 1 else 4
+    searches = {"one": "best_of_n:1", "four": "best_of_n:4", "smc": "smc:3:0.05", "zero": "zero_order:1:2:0.3"}
+    models = [("base", model), *((name, f"{model}@{spec}") for name, spec in searches.items())]
+    summary = evaluate(*models, guidance_scale=guidance)
+    assert {name: entry["nfe"] / rows for name, entry in summary["models"].items()} == {
+        "base": 1, "one": 1, "four": 4, "smc": 3, "zero": 3,
+    }  # fmt: skip
+    assert summary["models"]["four"]["search"] == "best_of_n:4" and summary["models"]["base"]["search"] is None
+    metrics = summary["metrics"]["shapes"]
+    assert metrics["one"]["gain"] == pytest.approx(0, abs=2e-3)
+    assert metrics["four"]["gain"] > 0 and metrics["zero"]["gain"] >= 0
+    again = evaluate(*models, guidance_scale=guidance)
+    assert again == summary
+
+
 # --------------------------------------------------------------------------------------------------------- statistics
 
 
@@ -233,6 +251,11 @@ BAD = {
     "a name that is no folder": (["--models", "a/b=x"], "use letters, digits and _"),
     "one name twice": (["--models", "a={0}", "a={1}"], "two models have one name"),
     "no pipeline": (["--models", "a={0}", "b=."], r"--models \. holds no model_index.json"),
+    "unknown search": (["--models", "a={0}", "b={0}@best:3"], "there is no search best; choose one of best_of_n"),
+    "search without numbers": (["--models", "a={0}@zero_order:3"], "must be zero_order:iterations:neighbours:radius"),
+    "search with words": (["--models", "a={0}@smc:many"], "must be smc:particles:temperature"),
+    "search of nothing": (["--models", "a={0}@best_of_n:0"], "must be best_of_n:n, numbers above 0"),
+    "search with too much": (["--models", "a={0}@demon:1:2"], "must be demon:candidates"),
     "no image": (["--models", "a={0}", "--num_images=0"], "--num_images is 0"),
     "negative guidance": (["--models", "a={0}", "--guidance_scale=-1"], "--guidance_scale is -1"),
     "unknown reward": (["--models", "a={0}", "--reward_model=nothing"], "--reward_model"),
