@@ -32,6 +32,7 @@ from sharpening.arguments import (
     require,
     reward_flags,
 )
+from sharpening.benchmark_export import KINDS, check_export, export, read_geneval_metadata
 from sharpening.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=5.0)
     parser.add_argument("--resolution", type=int, help="pixels; unset: the model's own")
     parser.add_argument("--batch_size", type=int, default=4, help="images per forward")
+    parser.add_argument(
+        "--export", choices=KINDS, help="also lay the images out for a published scorer, and print its commands"
+    )
     parser.add_argument("--grid_images", type=int, default=18, help="prompts in the grid")
     parser.add_argument("--seed", type=int, default=1_000_000, help="first seed, apart from those of training")
     parser.add_argument("--cache_dir", help="where models and grades are cached")
@@ -118,7 +122,10 @@ def main(argv: list[str]) -> int:
     from sharpening import evaluation
     from sharpening.prompt_sets import load_prompt_set
 
-    distinct = load_prompt_set(args.prompts, args.cache_dir)
+    metadata = read_geneval_metadata(Path(args.prompts)) if args.export == "geneval" else []
+    column = "prompt" if metadata else "text"
+    distinct = load_prompt_set(args.prompts, column, args.cache_dir)
+    check_export(args.export, distinct)
     prompts = [distinct[index % len(distinct)] for index in range(args.num_images)]
     device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     specs = list(dict.fromkeys([args.reward_model, *args.metrics]))
@@ -159,6 +166,10 @@ def main(argv: list[str]) -> int:
     print(evaluation.table(results, args.reward_model))
     for name, cost in costs.items():
         print(f"{name}: {cost.nfe:g} NFE and {cost.seconds:.3g} s per image")
+    for name, folder in folders.items() if args.export else []:
+        files = [folder / file for file in evaluation.image_names(prompts)]
+        commands = export(args.export, files, prompts, args.output_dir / args.export / name, metadata)
+        print(f"\n# {name}\n{commands}")
     print(f"written to {args.output_dir}: summary.json, summary.csv, scores.csv, grid.png")
     return 0
 

@@ -20,8 +20,10 @@ PUBLISHED: dict[str, tuple[dict[str, str], str]] = {
 NAMES = ("shapes", *PUBLISHED)
 
 
-def load_prompt_set(name: str, cache_dir: str | None = None) -> list[str]:
+def load_prompt_set(name: str, column: str = "text", cache_dir: str | None = None) -> list[str]:
     """The distinct prompts of a file (see `data.load_prompts`) or of a set of `NAMES`; shapes: the held-out captions.
+
+    `column` is that of the prompts in a csv or jsonl file.
 
     Raises:
         UserError: naming `--prompts`: no such file or set, out of reach, or without any prompt.
@@ -36,7 +38,7 @@ def load_prompt_set(name: str, cache_dir: str | None = None) -> list[str]:
             )
         loaded = data.load_prompts(
             prompts_file=name, dataset_name=None, dataset_config_name=None, train_data_dir=None,
-            caption_column="text", max_train_samples=None, seed=0, cache_dir=cache_dir,
+            caption_column=column, max_train_samples=None, seed=0, cache_dir=cache_dir,
         )  # fmt: skip
         return list(loaded.dataset["prompt"])
     import datasets
