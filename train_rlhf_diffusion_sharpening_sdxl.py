@@ -64,6 +64,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     g.add_argument("--prompts_file", help="txt with a prompt on each line, csv or jsonl; no images are needed")
     g.add_argument("--guidance_scale", type=float, help="guidance when generating; unset: 5, preset released: 1")
     g.add_argument("--latents_per_prompt", choices=["1", "n"], help="latents to branch from; unset: 1, released: n")
+    g.add_argument(
+        "--generate_with",
+        choices=["current", "reference"],
+        default="current",
+        help="the model as it is now, or as it was: a prompt then always has the same latents, a fixed data set of pairs "
+        "as in Diffusion-DPO",
+    )
     g.add_argument("--generation_batch_size", type=int, default=8, help="latents per forward when generating")
     g.add_argument("--generation_reuse", type=int, default=1, help="optimizer steps that one generation serves")
     g.add_argument(
@@ -83,6 +90,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="noise all latents of a prompt alike, as Diffusion-DPO does",
+    )
+    g.add_argument(
+        "--train_on",
+        choices=["pair", "best"],
+        default="pair",
+        help="the preference loss, or plain regression on the best branch alone: best-of-n fine-tuning on own samples",
     )
     g.add_argument("--beta_dpo", type=float, default=2500, help="beta of eq. 11, without DPO's factor 1/2")
     g.add_argument("--reward_margin_scale", type=float, default=1.0, help="scale of the reward margin; 0: without")
@@ -159,7 +172,8 @@ def preference_loss(
 
     Shapes: errors, active (B, 2, m), best branch first; reference_errors (B, 2, m), or (B, 2, 1) for the first step
     only; rewards (B, 2); decided (B,) bool: the pair has two scores that differ. The mean loss, whose derivative
-    `weights` is, counts an undecided pair as 0 and divides by B.
+    `weights` is, counts an undecided pair as 0 and divides by B. With `--train_on best` the loss is the best branch's
+    error.
     """
     import torch
     from torch.nn.functional import logsigmoid
@@ -175,9 +189,13 @@ def preference_loss(
     loss = -logsigmoid(logits)
     if args.reward_margin == "outside":
         loss = loss + margin
-    slope = args.beta_dpo * torch.sigmoid(-logits) * decided / len(decided)  # (B,)
+    slope = args.beta_dpo * torch.sigmoid(-logits)  # (B,)
+    slopes = torch.stack([slope, -slope], 1)  # (B, 2)
+    if args.train_on == "best":
+        loss = masked_mean(errors, active)[:, 0]
+        slopes = torch.tensor([1.0, 0.0]).to(slope).expand(len(slope), 2)
     share = active.to(slope.dtype) / active.sum(-1, keepdim=True)  # (B, 2, m)
-    weights = torch.stack([slope, -slope], 1)[..., None] * share
+    weights = (slopes * decided[:, None] / len(decided))[..., None] * share
     return Preference(loss, logits, log_ratios, weights)
 
 
@@ -326,13 +344,17 @@ def main(args: argparse.Namespace) -> int:
             prompts = batch["caption"]
             condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
             unet.eval()
-            noise = draws.draw_noise(args, batch["draw"], latents_per_prompt, latent_shape).flatten(0, 1).to(device)
+            # What the current model makes is new at every draw; what the reference makes, the same for each prompt.
+            keys = batch["draw"].tolist() if args.generate_with == "current" else prompts
+            noise = draws.draw_noise(args, keys, latents_per_prompt, latent_shape).flatten(0, 1).to(device)
             if len(generated) == micro_batch:
                 generation_started, latents = time.perf_counter(), []
-                with torch.no_grad():
+                as_now = args.generate_with == "current"
+                sampled = nullcontext(unet) if as_now else sdxl.reference_unet(unet, frozen)
+                with torch.no_grad(), sampled as sampler_unet, accelerator.autocast():
                     for rows in torch.arange(len(noise)).split(args.generation_batch_size):
                         of_rows = condition.rows(rows // latents_per_prompt)
-                        predict, guide = sdxl.branch_model(unet, of_rows, unconditional, args.guidance_scale)
+                        predict, guide = sdxl.branch_model(sampler_unet, of_rows, unconditional, args.guidance_scale)
                         latents.append(generate(predict, schedule, noise[rows], guide))
                 generated.append({"prompts": prompts, "latents": torch.cat(latents)})
                 broken = not generated[-1]["latents"].isfinite().all()

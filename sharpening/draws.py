@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 
-def draw_generator(seed: int, draw: int, stream: str) -> torch.Generator:
+def draw_generator(seed: int, draw: int | str, stream: str) -> torch.Generator:
     """A CPU generator for one purpose (`stream`) of one draw; independent of every other purpose and draw."""
     digest = hashlib.blake2b(f"{seed}/{draw}/{stream}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -90,9 +90,12 @@ def draw_branches(
     return Branches(torch.stack(eps), torch.cat(t), torch.cat(dropped))
 
 
-def draw_noise(args: Namespace, draws: Sequence[int], count: int, shape: Sequence[int]) -> Tensor:
-    """Gaussian noise to generate `count` latents of `shape` (C, h, w) per draw from: (B, count, C, h, w) float32."""
-    generators = [draw_generator(args.seed, int(draw), "generation") for draw in draws]
+def draw_noise(args: Namespace, keys: Sequence[int | str], count: int, shape: Sequence[int]) -> Tensor:
+    """Gaussian noise to generate `count` latents of `shape` (C, h, w) per key from: (B, count, C, h, w) float32.
+
+    A key is a draw's number, or a prompt, which then gets the same noise whenever it is drawn.
+    """
+    generators = [draw_generator(args.seed, key, "generation") for key in keys]
     return torch.stack([torch.randn(count, *shape, generator=generator) for generator in generators])
 
 

@@ -14,7 +14,7 @@ from train_rlhf_diffusion_sharpening_sdxl import preference_loss, rlhf_losses
 
 OPTIONS = {
     "backprop_through_sampler": False, "branch_target": "noise", "snr_gamma": None, "beta_dpo": 30.0,
-    "reward_margin_scale": 1.0, "reward_margin": "inside", "reference_steps": "all",
+    "reward_margin_scale": 1.0, "reward_margin": "inside", "reference_steps": "all", "train_on": "pair",
 }  # fmt: skip
 
 
@@ -179,7 +179,8 @@ def loss_of(errors, reference, active, rewards, decided=None, **changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"reward_margin": "outside"}, {"reward_margin_scale": 0.3}, {"beta_dpo": 900.0}]
+    "changes",
+    [{}, {"reward_margin": "outside"}, {"reward_margin_scale": 0.3}, {"beta_dpo": 900.0}, {"train_on": "best"}],
 )
 def test_weights_are_the_derivative_of_the_loss(changes):
     errors, *rest = pairs()
@@ -196,6 +197,27 @@ def test_without_margin_it_is_the_diffusion_dpo_loss_of_twice_the_beta():
     model_difference, reference_difference = errors[:, 0, 0] - errors[:, 1, 0], reference[:, 0, 0] - reference[:, 1, 0]
     theirs = -torch.nn.functional.logsigmoid(-0.5 * 5000.0 * (model_difference - reference_difference))
     torch.testing.assert_close(ours.loss, theirs, rtol=1e-10, atol=0)
+
+
+def test_best_alone_is_plain_regression_on_the_best_branch(pipeline):
+    """Its gradient is that of the SFT objective on the same branches."""
+    from train_sft_diffusion_sharpening_sdxl import sft_losses
+
+    n, m = 3, 3
+    schedule = Schedule.from_config(pipeline.scheduler.config, 25)
+    unet, condition, x_0, eps, t = problem(pipeline, 4, n, torch.float64)
+    preference, selection = two_pass(unet, unet, condition, schedule, x_0, eps, t, n, m, train_on="best")
+    ours = gradient(unet).clone()
+    best = torch.arange(4) * n + selection.best
+    active = torch.stack([t[best] - 40 * k >= 0 for k in range(m)], 1)
+    unconditional = sdxl.Unconditional(torch.zeros_like(condition.embeds[:1]), torch.zeros_like(condition.pooled[:1]))
+    predict, guide = sdxl.branch_model(unet, condition, unconditional, 1.0)
+    args, x_t = SimpleNamespace(**OPTIONS), schedule.add_noise(x_0, eps, t)
+    unet.zero_grad(set_to_none=False)
+    total = sum(sft_losses(args, predict, guide, schedule, x_t[best], t[best], x_0[best], eps[best], active))
+    total.backward()
+    assert float(preference.loss.mean()) == pytest.approx(float(total.detach()), rel=1e-6)
+    assert (ours - gradient(unet)).norm() <= 1e-5 * gradient(unet).norm()
 
 
 def test_swapping_best_and_worst_flips_the_log_ratio_term():

@@ -100,6 +100,7 @@ LATE = {"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep
         {"generation_reuse": 2},
         {**SAMPLES, "generation_reuse": 2, "trajectory_nums": 1},
         {"use_lora": True},
+        {**SAMPLES, "train_on": "best"},
     ],
     ids=lambda changes: ",".join(changes) or "defaults",
 )
@@ -233,6 +234,27 @@ def test_latents_of_a_checkpoint_serve_no_other_prompts(changes, train, flags, t
     assert generations
 
 
+def test_pairs_of_the_reference_are_a_fixed_data_set(train, flags, prompts, monkeypatch):
+    """Whatever the model has become, a prompt's latents are those that the base model made of it at first."""
+    from sharpening import trajectory
+
+    made = []
+    generate = trajectory.generate
+    monkeypatch.setattr(trajectory, "generate", lambda *args: made.append(generate(*args)) or made[-1])
+    options = {**SAMPLES, "prompts_file": prompts, "train_data_dir": None, "num_noisy_latents": 2, "infer_steps": 3}
+    options |= {"max_train_steps": 3, "learning_rate": 1e-2, "trajectory_nums": 1, "train_batch_size": 2}
+    for extra in ({"use_lora": True}, {}):
+        made.clear()
+        assert train(flags(**options, **extra, generate_with="reference", output_dir=prompts.parent / f"{extra}")) == 0
+        of_step = [latents.unflatten(0, (2, 2)) for latents in made]  # both prompts, in either order
+        for later in of_step[1:]:
+            same = torch.allclose(later, of_step[0], atol=1e-5)
+            assert same or torch.allclose(later.flip(0), of_step[0], atol=1e-5)
+    made.clear()
+    assert train(flags(**options, output_dir=prompts.parent / "current")) == 0
+    assert not torch.allclose(made[0].sort(0).values, made[2].sort(0).values, atol=1e-2)
+
+
 def test_reused_generation_meets_new_noise_and_timesteps(train, flags, tmp_path, monkeypatch):
     drawn = []
 
@@ -285,6 +307,7 @@ def test_at_the_reference_nothing_is_preferred_yet(precision, lora, train, flags
     "changes",
     [
         {"beta_dpo": 10.0}, {"reward_margin_scale": 50.0}, {"branch_target": "consistent"}, {"snr_gamma": 5.0},
+        {"train_on": "best"}, {"generate_with": "reference"},
         {"guidance_scale": 1.0}, {"latents_per_prompt": "n"}, {"latents_per_prompt": "n", "share_noise_in_pair": True},
         SAMPLES, {"generation_reuse": 2}, {"reference_steps": "first"},
     ],
