@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--generate_with",
         choices=["current", "reference"],
         default="current",
-        help="the model as it is now, or as it was: a prompt then always has the same latents, a fixed data set of pairs "
+        help="the model as it is, or as it was: a prompt then always has the same latents, a fixed data set of pairs "
         "as in Diffusion-DPO",
     )
     g.add_argument("--generation_batch_size", type=int, default=8, help="latents per forward when generating")
