@@ -37,7 +37,8 @@ from sharpening.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+
+    from sharpening.scoring import Reward
 
 
 # What makes a folder a pipeline, or an adapter for the base.
@@ -85,6 +86,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name in ("num_images", "num_inference_steps", "batch_size", "grid_images"):
         require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
     require(args.guidance_scale >= 0, f"--guidance_scale is {args.guidance_scale}, but it must not be negative")
+    require(args.num_inference_steps <= 1000, f"--num_inference_steps is {args.num_inference_steps}, at most 1000")
+    require(
+        args.resolution is None or (args.resolution > 0 and args.resolution % 8 == 0),
+        f"--resolution is {args.resolution}, but SDXL needs a positive multiple of 8",
+    )
     pairs = [entry.partition("=") for entry in args.models]
     for name, separator, path in pairs:
         require(bool(name and separator and path), f"--models {name}{separator}{path} must be NAME=PATH")
@@ -102,6 +108,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.models = {name: path for name, _, path in pairs}
     args.searches = {name: path.partition("@")[2] or None for name, path in args.models.items()}
     args.models = {name: path.partition("@")[0] for name, path in args.models.items()}
+    args.models = {name: str(Path(p).expanduser()) if looks_local(p) else p for name, p in args.models.items()}
     require(len(args.models) == len(pairs), "--models: two models have one name; give each its own")
     base = next(iter(args.models.values()))
     require(
@@ -125,7 +132,7 @@ def main(argv: list[str]) -> int:
     metadata = read_geneval_metadata(Path(args.prompts)) if args.export == "geneval" else []
     column = "prompt" if metadata else "text"
     distinct = load_prompt_set(args.prompts, column, args.cache_dir)
-    check_export(args.export, distinct)
+    check_export(args.export, distinct, args.num_images)
     prompts = [distinct[index % len(distinct)] for index in range(args.num_images)]
     device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     specs = list(dict.fromkeys([args.reward_model, *args.metrics]))
@@ -136,19 +143,21 @@ def main(argv: list[str]) -> int:
     for name, path in args.models.items():
         spec = args.searches[name]
         drawing = evaluation.Drawing(
-            args.num_inference_steps, args.guidance_scale, args.resolution, args.seed, spec, spec and args.reward_model
-        )
+            args.num_inference_steps, args.guidance_scale, args.resolution, args.seed, spec,
+            reward_identity(args) if spec else None, str(evaluation.compute_dtype(device)),
+        )  # fmt: skip
         folders[name] = evaluation.image_folder(args.output_dir, name, evaluation.identity(path, base), drawing)
 
         def load(path: str = path) -> evaluation.StableDiffusionXLPipeline:
-            return evaluation.load_pipeline(path, base, device)
+            return evaluation.load_pipeline(path, base, device, args.cache_dir)
 
         costs[name] = evaluation.draw_missing(
             load, folders[name], prompts, drawing, args.batch_size, name, rewards[args.reward_model]
         )
 
-    images = {name: evaluation.read_images(folder, prompts) for name, folder in folders.items()}
-    scores = {spec: {name: score(rewards[spec], drawn, prompts) for name, drawn in images.items()} for spec in specs}
+    scores = {
+        spec: {name: score(rewards[spec], folder, prompts) for name, folder in folders.items()} for spec in specs
+    }
     results = {}
     for spec, by_model in scores.items():
         of_base = next(iter(by_model.values()))
@@ -157,8 +166,9 @@ def main(argv: list[str]) -> int:
             for name, values in by_model.items()
         }
     write_files(args, results, scores, costs, prompts)
-    shown = {name: drawn[: args.grid_images] for name, drawn in images.items()}
-    evaluation.write_grid(shown, prompts[: args.grid_images], args.output_dir / "grid.png")
+    first = range(min(args.grid_images, args.num_images))
+    shown = {name: evaluation.read_images(folder, prompts, first) for name, folder in folders.items()}
+    evaluation.write_grid(shown, prompts[: len(first)], args.output_dir / "grid.png")
     print(
         f"\n{args.num_images} images of {len(distinct)} prompts, guidance {args.guidance_scale:g}, "
         f"{args.num_inference_steps} DDIM steps\n"
@@ -174,12 +184,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def score(reward: object, images: Tensor, prompts: list[str]) -> np.ndarray:
-    """Rewards (N,) of images (N, 3, H, W), 64 at a time."""
+def score(reward: Reward, folder: Path, prompts: list[str]) -> np.ndarray:
+    """Rewards (N,) of the images in a folder, 64 at a time."""
     import torch
 
-    parts = zip(images.split(64), range(0, len(prompts), 64), strict=True)
-    return torch.cat([reward.get_reward(part, prompts[i : i + len(part)]) for part, i in parts]).double().numpy()
+    from sharpening.evaluation import read_images
+
+    parts = [range(start, min(start + 64, len(prompts))) for start in range(0, len(prompts), 64)]
+    scores = [reward.get_reward(read_images(folder, prompts, rows), [prompts[row] for row in rows]) for rows in parts]
+    return torch.cat(scores).double().numpy()
+
+
+def reward_identity(args: argparse.Namespace) -> str:
+    """All that shapes the scores of `--reward_model`: what a search found for one reward was not found for another."""
+    from sharpening.evaluation import file_stamp
+
+    unimportant = {"api_key", "cache_dir", "mllm_concurrency", "mllm_timeout", "mllm_max_retries", "mllm_max_calls"}
+    flags = {name: value for name, value in sorted(reward_flags(args).items()) if name not in unimportant}
+    named = [component.target.rpartition(":")[0] for component in parse_reward_spec(args.reward_model)]
+    named += [component.model or "" for component in parse_reward_spec(args.reward_model)]
+    return json.dumps([args.reward_model, flags, [file_stamp(Path(name).expanduser()) for name in named if name]])
 
 
 def write_files(args: argparse.Namespace, results: dict, scores: dict, costs: dict, prompts: list[str]) -> None:
@@ -227,3 +251,11 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        from sharpening.scoring import RewardError
+
+        if not isinstance(error, RewardError):
+            raise
+        remedy = "mend the reward or add --reward_failure=skip; what was drawn is kept"
+        print(f"error: {error}; {remedy}", file=sys.stderr)
+        sys.exit(1)

@@ -25,12 +25,18 @@ def read_geneval_metadata(path: Path) -> list[dict]:
     raise UserError(f"--export geneval needs --prompts evaluation_metadata.jsonl of GenEval, and {path} is none")
 
 
-def check_export(kind: str, prompts: Sequence[str]) -> None:
-    """Refuse prompts that a scorer would misread.
+def check_export(kind: str | None, prompts: Sequence[str], num_images: int) -> None:
+    """Refuse prompts that a scorer would misread, and a number of images that leaves some prompts with fewer.
 
     Raises:
         UserError: naming the prompt.
     """
+    if kind and num_images % len(prompts):
+        usual = {"t2i-compbench": 10, "geneval": 4}[kind]
+        raise UserError(
+            f"--export {kind}: --num_images {num_images} does not give each of the {len(prompts)} prompts the same "
+            f"number; use {usual * len(prompts)} ({usual} each, as published) or another multiple of {len(prompts)}"
+        )
     for prompt in prompts if kind == "t2i-compbench" else []:
         # The scorer takes what stands before the first underscore of a file's name for the prompt.
         if set("_/") & set(prompt) or len(prompt.encode()) > 240:
@@ -62,6 +68,8 @@ def export(kind: str, images: Sequence[Path], prompts: Sequence[str], folder: Pa
             f"(cd BLIPvqa_eval && python BLIP_vqa.py --out_dir={place})           # color, shape, texture\n"
             f"(cd UniDet_eval && python 2D_spatial_eval.py --outpath={place})     # spatial\n"
             f"python CLIPScore_eval/CLIP_similarity.py --outpath={place}          # non_spatial\n"
+            f"(cd UniDet_eval && python numeracy_eval.py --outpath={place})       # numeracy\n"
+            f"(cd UniDet_eval && python 3D_spatial_eval.py --outpath={place})     # 3d_spatial\n"
             "# complex, with ten images of each prompt: all three, the last two with --complex=True, and then\n"
             f"(cd 3_in_1_eval && python 3_in_1.py --outpath={place})"
         )

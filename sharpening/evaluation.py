@@ -39,7 +39,8 @@ class Drawing:
     resolution: int | None
     seed: int
     search: str | None = None  # see `search.parse`; None is plain sampling
-    reward: str | None = None  # what a search looks for
+    reward: str | None = None  # what a search looks for, with all that shapes its scores
+    dtype: str = "torch.float32"
 
 
 class Cost(NamedTuple):
@@ -49,15 +50,25 @@ class Cost(NamedTuple):
     seconds: float
 
 
-def load_pipeline(path: str, base: str, device: torch.device) -> StableDiffusionXLPipeline:
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """float16 on a GPU, float32 elsewhere."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def load_pipeline(
+    path: str, base: str, device: torch.device, cache_dir: str | None = None
+) -> StableDiffusionXLPipeline:
     """A pipeline, or the base pipeline with the LoRA adapter in the folder `path`; float16 on a GPU, with DDIM.
 
     Raises:
         UserError: naming `--models`.
     """
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = compute_dtype(device)
     is_adapter = (Path(path) / LORA_FILE).is_file()
-    pipeline = Source("models", base if is_adapter else path).load(StableDiffusionXLPipeline, dtype=dtype)
+    source = Source("models", base if is_adapter else path, cache_dir=cache_dir)
+    # Loaded apart: a VAE that float16 overflows stays in float32, for plain sampling and for search alike.
+    vae = sdxl.load_decoder(source, "vae", device, dtype)
+    pipeline = source.load(StableDiffusionXLPipeline, dtype=dtype, vae=vae)
     if is_adapter:
         try:
             pipeline.load_lora_weights(path)
@@ -72,11 +83,17 @@ def load_pipeline(path: str, base: str, device: torch.device) -> StableDiffusion
 
 def identity(path: str, base: str) -> str:
     """What names the weights in a cache key: a folder by its files' sizes and times, a hub id by itself."""
-    if not (Path(path) / LORA_FILE).is_file():
-        return Source("models", path).identity(*PARTS)
-    status = (Path(path) / LORA_FILE).stat()
-    adapter = f"{Path(path).resolve()}:{status.st_size}:{status.st_mtime_ns}"
-    return f"{adapter} on {Source('models', base).identity(*PARTS)}"
+    if (Path(path) / LORA_FILE).is_file():
+        return f"{file_stamp(Path(path) / LORA_FILE)} on {identity(base, base)}"
+    return Source("models", path).identity(*PARTS) + file_stamp(Path(path) / "model_index.json")
+
+
+def file_stamp(path: Path) -> str:
+    """A file by its place, size and time; nothing where there is none."""
+    if not path.is_file():
+        return ""
+    status = path.stat()
+    return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
 
 
 def image_names(prompts: Sequence[str]) -> list[str]:
@@ -119,7 +136,7 @@ def draw_missing(
         for start in tqdm(range(0, len(missing), batch_size), desc=f"drawing {label}"):
             batch, started, before = missing[start : start + batch_size], time.perf_counter(), counted["rows"]
             texts, seeds = [prompts[index] for index in batch], [drawing.seed + index for index in batch]
-            images = _draw(pipeline, texts, seeds, drawing, reward)
+            images = _draw(pipeline, texts, seeds, drawing, reward, batch_size)
             arrays = to_numpy(images.float())  # waits for the GPU
             spent["seconds"] += time.perf_counter() - started
             spent["rows"] += counted["rows"] - before
@@ -134,45 +151,54 @@ def draw_missing(
 
 
 def _draw(
-    pipeline: StableDiffusionXLPipeline, prompts: list[str], seeds: list[int], drawing: Drawing, reward: Reward
+    pipeline: StableDiffusionXLPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    drawing: Drawing,
+    reward: Reward,
+    batch_size: int,
 ) -> Tensor:
     """Images (B, 3, H, W) in [0, 1], by the pipeline itself or by a search on its parts, from the same noise."""
+    unet, vae, device = pipeline.unet, pipeline.vae, pipeline.unet.device
+    size = drawing.resolution or pipeline.default_sample_size * pipeline.vae_scale_factor
+    shape = sdxl.latent_shape(vae, size)
     if drawing.search is None:
+        # In float32 whatever the model computes in: a generator's float16 numbers are other ones.
+        noise = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return pipeline(
             prompt=prompts,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            latents=torch.cat(noise).to(device, unet.dtype),
             num_inference_steps=drawing.steps,
             guidance_scale=drawing.guidance_scale,
             height=drawing.resolution,
             width=drawing.resolution,
             output_type="pt",
         ).images
-    unet, vae, device = pipeline.unet, pipeline.vae, pipeline.unet.device
     embeds, negative, pooled, negative_pooled = (
         part.float() for part in pipeline.encode_prompt(prompts, do_classifier_free_guidance=True)
     )
-    size = drawing.resolution or pipeline.default_sample_size * pipeline.vae_scale_factor
     condition = sdxl.Condition(embeds, pooled, sdxl.default_time_ids(len(prompts), size, device))
     unconditional = sdxl.Unconditional(negative[:1], negative_pooled[:1])
     schedule = Schedule.from_config(pipeline.scheduler.config, drawing.steps)
 
     def model(rows: Tensor) -> tuple[Predict, Guide | None]:
-        predict, guide = sdxl.branch_model(unet, condition.rows(rows), unconditional, drawing.guidance_scale)
-        return predict, guide
+        # The pipeline guides above 1 only.
+        return sdxl.branch_model(unet, condition.rows(rows), unconditional, max(1.0, drawing.guidance_scale))
 
     def judge(latents: Tensor, rows: Tensor) -> Tensor:
-        decoded = sdxl.decode_latents(vae, latents, len(prompts))
+        decoded = sdxl.decode_latents(vae, latents, batch_size)
         return reward.get_reward(decoded, [prompts[row] for row in rows])
 
-    problem = search.Problem(model, judge, schedule, sdxl.latent_shape(vae, size), seeds, device)
+    problem = search.Problem(model, judge, schedule, shape, seeds, device, batch_size)
     name, arguments = search.parse(drawing.search)
     with torch.autocast(device.type, enabled=device.type == "cuda"):
-        return sdxl.decode_latents(vae, search.METHODS[name](problem, *arguments), len(prompts))
+        return sdxl.decode_latents(vae, search.METHODS[name](problem, *arguments), batch_size)
 
 
-def read_images(folder: Path, prompts: Sequence[str]) -> Tensor:
-    """The images of the prompts, (N, 3, H, W) float32 in [0, 1]."""
-    arrays = [np.array(Image.open(folder / name).convert("RGB")) for name in image_names(prompts)]
+def read_images(folder: Path, prompts: Sequence[str], rows: range) -> Tensor:
+    """Some of the images of the prompts, (len(rows), 3, H, W) float32 in [0, 1]."""
+    names = image_names(prompts)
+    arrays = [np.array(Image.open(folder / names[row]).convert("RGB")) for row in rows]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
@@ -193,7 +219,7 @@ def compare(scores: np.ndarray, base: np.ndarray | None, resamples: int = 2000, 
     """Statistics of a model's scores (N,), paired with the base's (N,); images without a score in either are left out.
 
     The interval is the percentile bootstrap's over pairs (Efron & Tibshirani 1993, chapter 13): it speaks of other
-    noise and other prompts of the same kind.
+    noise on these prompts, as the standard errors do; where a prompt has many images, other prompts may vary more.
     """
     known = np.isfinite(scores) if base is None else np.isfinite(scores) & np.isfinite(base)
     scores = scores[known]

@@ -193,17 +193,18 @@ def text_identity(pipeline: Source) -> str:
 def load_vae(args: Namespace, pipeline: Source, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     """The training VAE, frozen; in float32 only where its config says that float16 overflows (`force_upcast`)."""
     source, subfolder = vae_source(args, pipeline)
-    return _load_decoder(source, subfolder, device, dtype)
+    return load_decoder(source, subfolder, device, dtype)
 
 
 def load_reward_decoder(args: Namespace, device: torch.device, dtype: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
     """The decoder named by `--reward_vae`: an `AutoencoderTiny` (TAESD) or another `AutoencoderKL`."""
-    return _load_decoder(Source("reward_vae", args.reward_vae, cache_dir=args.cache_dir), None, device, dtype)
+    return load_decoder(Source("reward_vae", args.reward_vae, cache_dir=args.cache_dir), None, device, dtype)
 
 
-def _load_decoder(
+def load_decoder(
     source: Source, subfolder: str | None, device: torch.device, dtype: torch.dtype
 ) -> AutoencoderKL | AutoencoderTiny:
+    """A VAE or TAESD, frozen; in float32 where its config says that float16 overflows (`force_upcast`)."""
     config = source.read_json(f"{subfolder}/config.json" if subfolder else "config.json")
     tiny = config.get("_class_name") == "AutoencoderTiny"
     # Decided before loading: weights that passed through float16 would stay rounded to it.

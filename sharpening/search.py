@@ -10,6 +10,7 @@ so what is found for a prompt does not depend on the others.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,6 +34,7 @@ class Problem:
         shape: (C, h, w) of a latent.
         seeds: one for each of the B prompts.
         device: where latents live.
+        batch_size: rows per forward, and images per call of the judge, at most.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Problem:
         shape: Sequence[int],
         seeds: Sequence[int],
         device: torch.device | str = "cpu",
+        batch_size: int = 64,
     ):
         self.model, self._judge, self.schedule = model, judge, schedule
         self.shape, self.prompts, self.device = tuple(shape), len(seeds), torch.device(device)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.batch_size = batch_size
         self.rows = self.judged = 0
 
     def noise(self, count: int) -> Tensor:
@@ -54,9 +58,14 @@ class Problem:
         drawn = [torch.randn(count, *self.shape, generator=generator) for generator in self.generators]
         return torch.cat(drawn).to(self.device)
 
-    def callables(self, count: int) -> tuple[Predict, Guide | None]:
-        """The model of B * count rows; what passes through it is counted."""
-        predict, guide = self.model(torch.arange(self.prompts).repeat_interleave(count))
+    def slices(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The B * count rows in slices of `batch_size`: (rows, the prompts of those rows)."""
+        prompts = torch.arange(self.prompts).repeat_interleave(count)
+        return [(rows, prompts[rows]) for rows in torch.arange(len(prompts)).split(self.batch_size)]
+
+    def callables(self, prompts: Tensor) -> tuple[Predict, Guide | None]:
+        """The model of some rows, given by their prompts; what passes through it is counted."""
+        predict, guide = self.model(prompts)
 
         def counted_predict(x: Tensor, t: Tensor) -> Tensor:
             self.rows += len(x)
@@ -70,21 +79,28 @@ class Problem:
 
     def generate(self, noise: Tensor, count: int) -> Tensor:
         """Clean latents of B * count noises by deterministic DDIM."""
-        predict, guide = self.callables(count)
-        return generate(predict, self.schedule, noise, guide)
+        latents = []
+        for rows, prompts in self.slices(count):
+            predict, guide = self.callables(prompts)
+            latents.append(generate(predict, self.schedule, noise[rows], guide))
+        return torch.cat(latents)
 
     def estimate(self, x: Tensor, t: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The clean estimate and the noise estimate of B * count states at t (B * count,)."""
-        predict, guide = self.callables(count)
-        output = predict(x, t)
-        if guide is not None:
-            output = guide(output, x, t)
-        return self.schedule.clean_and_noise(output, x, t)
+        estimates = []
+        for rows, prompts in self.slices(count):
+            predict, guide = self.callables(prompts)
+            output = predict(x[rows], t[rows])
+            if guide is not None:
+                output = guide(output, x[rows], t[rows])
+            estimates.append(self.schedule.clean_and_noise(output, x[rows], t[rows]))
+        clean, noise = zip(*estimates, strict=True)
+        return torch.cat(clean), torch.cat(noise)
 
     def judge(self, latents: Tensor, count: int) -> Tensor:
         """Rewards (B, count); an image without one is worse than any other."""
         self.judged += len(latents)
-        rewards = self._judge(latents, torch.arange(self.prompts).repeat_interleave(count))
+        rewards = torch.cat([self._judge(latents[rows], prompts) for rows, prompts in self.slices(count)])
         return rewards.view(self.prompts, count).nan_to_num(nan=UNSCORED)
 
     def pick(self, candidates: Tensor, choice: Tensor) -> Tensor:
@@ -171,13 +187,17 @@ def demon(problem: Problem, candidates: int) -> Tensor:
 
 @torch.no_grad()
 def path_integral(problem: Problem, candidates: int, temperature: float = 0.1) -> Tensor:
-    """Path-integral control as in Free2Guide (Kim et al., arXiv 2411.17041): each step's noise is shifted by the mean
+    """Path-integral control after Free2Guide (Kim et al., arXiv 2411.17041): each step's noise is shifted by the mean
     of K noises under the weights `softmax(R / temperature)` of the rewards they lead to. Costs T + (T - 1) K rows.
+
+    The published method is the limit of temperature 0, the best candidate's noise itself. Here the sum of shift and
+    fresh noise is brought back to the variance of noise.
     """
 
     def combine(noises: Tensor, rewards: Tensor) -> Tensor:
         weights = torch.softmax(rewards / temperature, 1)
-        return (weights[..., None] * noises).sum(1) + problem.noise(1).flatten(1)
+        shifted = (weights[..., None] * noises).sum(1) + problem.noise(1).flatten(1)
+        return shifted / (1 + weights.square().sum(1, keepdim=True)).sqrt()
 
     return _steered(problem, candidates, combine)
 
@@ -238,6 +258,9 @@ def parse(spec: str) -> tuple[str, list[int | float]]:
         values = [kind(word) for kind, word in zip(kinds, words, strict=False)]
     except ValueError:
         values = []
-    if not required <= len(values) == len(words) or any(value <= 0 for value in values):
+    positive = all(math.isfinite(value) and value > 0 for value in values)
+    if not required <= len(values) == len(words) or not positive:
         raise UserError(f"--models ...@{spec} must be {form}, numbers above 0, the last ones optional")
+    if name == "zero_order" and len(values) == 3 and values[2] > 1:
+        raise UserError(f"--models ...@{spec}: the radius must lie in (0, 1]")
     return name, values

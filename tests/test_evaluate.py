@@ -139,6 +139,41 @@ def test_images_of_other_settings_are_never_taken(change, evaluate, folder, tmp_
     assert len(after) == 2 * len(before) and before.keys() < after
 
 
+def test_what_a_search_found_for_one_reward_is_not_taken_for_another(evaluate, folder, tmp_path):
+    reward = tmp_path / "mine.py"
+    for sign in (1, -1):
+        reward.write_text(f"def mine(images, prompts):\n    return {sign} * images.mean((1, 2, 3))  # {sign}\n")
+        model = folder / "model0"
+        summary = evaluate(("base", model), ("found", f"{model}@best_of_n:3"), reward_model=f"{reward}:mine")
+        assert summary["metrics"][f"{reward}:mine"]["found"]["gain"] > 0
+    assert len(list((tmp_path / "out" / "images").glob("found-*"))) == 2
+    assert len(list((tmp_path / "out" / "images").glob("base-*"))) == 1
+
+
+@pytest.mark.parametrize("guidance", [0, 0.5])
+def test_guidance_below_one_is_none_for_search_as_for_the_pipeline(guidance, evaluate, folder):
+    model = folder / "model0"
+    summary = evaluate(("base", model), ("one", f"{model}@best_of_n:1"), guidance_scale=guidance)
+    assert summary["models"]["base"]["nfe"] == summary["models"]["one"]["nfe"] == 2
+    assert summary["metrics"]["shapes"]["one"]["gain"] == pytest.approx(0, abs=1e-4)
+
+
+def test_reward_that_fails_is_one_sentence_and_keeps_the_images(folder, tmp_path):
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    (tmp_path / "mine.py").write_text("def mine(images, prompts):\n    return images.mean((1, 2, 3)) / 0 * 0\n")
+    flags = [f"--models=a={folder}/model0", f"--prompts={folder}/prompts.txt", f"--output_dir={tmp_path}/out"]
+    flags += [f"--reward_model={tmp_path}/mine.py:mine", "--num_images=2", "--num_inference_steps=1"]
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *flags]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "the reward" in result.stderr and "--reward_failure=skip" in result.stderr
+    assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 2
+
+
 def test_lora_folder_is_applied_to_the_base(evaluate, folder, tmp_path):
     from types import SimpleNamespace
 
@@ -172,18 +207,21 @@ def test_search_is_a_sampler_like_any_other(guidance, evaluate, folder, tmp_path
     }  # fmt: skip
     assert summary["models"]["four"]["search"] == "best_of_n:4" and summary["models"]["base"]["search"] is None
     metrics = summary["metrics"]["shapes"]
-    assert metrics["one"]["gain"] == pytest.approx(0, abs=2e-3)
+    folders = {name: next((tmp_path / "out" / "images").glob(f"{name}-*")) for name in ("base", "one")}
+    for path in folders["base"].glob("*.png"):
+        ours, theirs = (np.asarray(Image.open(f / path.name), int) for f in (folders["one"], folders["base"]))
+        assert np.abs(ours - theirs).max() <= 1
     assert metrics["four"]["gain"] > 0 and metrics["zero"]["gain"] >= 0
     again = evaluate(*models, guidance_scale=guidance)
     assert again == summary
 
 
 def test_export_for_t2i_compbench(evaluate, folder, tmp_path, capsys):
-    evaluate(("base", folder / "model0"), export="t2i-compbench")
+    evaluate(("base", folder / "model0"), export="t2i-compbench", num_images=6)
     samples = tmp_path / "out" / "t2i-compbench" / "base" / "samples"
     names = sorted((path.name for path in samples.iterdir()), key=lambda name: int(name.split("_")[-1].split(".")[0]))
     # The scorers read the prompt before the underscore and sort by the number behind it: all of one prompt in a row.
-    assert [name.split("_")[0] for name in names] == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 2
+    assert [name.split("_")[0] for name in names] == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
     assert names[0] == f"{PROMPTS[0]}_000000.png"
     (third,) = (tmp_path / "out" / "images").glob("base-*/00002-*.png")
     assert (samples / names[1]).read_bytes() == third.read_bytes()
@@ -210,7 +248,11 @@ def test_export_for_geneval(evaluate, folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("kind", "text", "said"),
-    [("geneval", "a cat", "needs --prompts evaluation_metadata.jsonl"), ("t2i-compbench", "a_cat", "an underscore")],
+    [
+        ("geneval", "a cat", "needs --prompts evaluation_metadata.jsonl"),
+        ("t2i-compbench", "a_cat", "an underscore"),
+        ("t2i-compbench", "a\nb\nc", r"--num_images 400 does not give each of the 3 prompts .* use 30 \(10 each"),
+    ],
 )
 def test_prompts_that_a_scorer_would_misread_are_refused(kind, text, said, folder, tmp_path):
     (tmp_path / "p.txt").write_text(text)
@@ -298,6 +340,10 @@ BAD = {
     "search with words": (["--models", "a={0}@smc:many"], "must be smc:particles:temperature"),
     "search of nothing": (["--models", "a={0}@best_of_n:0"], "must be best_of_n:n, numbers above 0"),
     "search with too much": (["--models", "a={0}@demon:1:2"], "must be demon:candidates"),
+    "radius beyond 1": (["--models", "a={0}@zero_order:1:2:2"], r"the radius must lie in \(0, 1\]"),
+    "temperature of nothing": (["--models", "a={0}@smc:4:nan"], "must be smc:particles:temperature"),
+    "odd resolution": (["--models", "a={0}", "--resolution=30"], "--resolution is 30"),
+    "too many steps": (["--models", "a={0}", "--num_inference_steps=1001"], "--num_inference_steps is 1001"),
     "no image": (["--models", "a={0}", "--num_images=0"], "--num_images is 0"),
     "negative guidance": (["--models", "a={0}", "--guidance_scale=-1"], "--guidance_scale is -1"),
     "unknown reward": (["--models", "a={0}", "--reward_model=nothing"], "--reward_model"),

@@ -119,6 +119,25 @@ def test_zero_order_never_loses_what_it_found():
     assert torch.equal(search.zero_order(toy(), 0, 3), base)
 
 
+@pytest.mark.parametrize(("method", "arguments", "rows", "judged"), METHODS)
+def test_slices_change_nothing(method, arguments, rows, judged):
+    whole, sliced = toy(), toy()
+    sliced.batch_size = 2
+    torch.testing.assert_close(method(sliced, *arguments), method(whole, *arguments), rtol=1e-5, atol=1e-5)
+    assert (sliced.rows, sliced.judged) == (whole.rows, whole.judged)
+
+
+@pytest.mark.parametrize("candidates", [1, 4])
+@pytest.mark.parametrize("temperature", [0.01, 1e6])
+def test_path_integral_adds_no_variance(candidates, temperature):
+    """With rewards that mean nothing its samples spread as those of plain stochastic sampling do."""
+    generator = torch.Generator().manual_seed(5)
+    judge = lambda x, rows: torch.rand(len(x), generator=generator)  # noqa: E731
+    spread = search.path_integral(toy(60, judge=judge, size=12), candidates, temperature).std()
+    plain = search.smc(toy(60, size=12), 1).std()
+    assert float(spread) == pytest.approx(float(plain), rel=0.02)
+
+
 def test_stochastic_step_equals_diffusers():
     scheduler = DDIMScheduler.from_config(CONFIG, clip_sample=False)
     scheduler.set_timesteps(STEPS)
