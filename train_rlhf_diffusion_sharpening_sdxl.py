@@ -215,12 +215,10 @@ def rlhf_losses(
     Shapes: x_t, x_0, eps (R, 4, h, w), the start, latent and noise of each branch; t (R,) where it starts; weights
     (R, m) of `preference_loss`, taken at the same parameters.
     """
-    from sharpening.trajectory import branch_error, walk
+    from sharpening.trajectory import weighted_errors
 
-    path = walk(predict, schedule, x_t, t, weights.shape[1], guide, detach=not args.backprop_through_sampler)
-    for k, point in enumerate(path):
-        errors = branch_error(schedule, point, point.output, x_0, eps, args.branch_target, args.snr_gamma)  # (R,)
-        yield (weights[:, k] * errors).sum()
+    detach, target = not args.backprop_through_sampler, (args.branch_target, args.snr_gamma)
+    yield from weighted_errors(predict, schedule, x_t, t, x_0, eps, weights, guide, detach, *target)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -238,7 +236,16 @@ def main(args: argparse.Namespace) -> int:
     from reward import load_reward
     from sharpening import checkpoints, data, draws, publishing, run, sdxl, tracking
     from sharpening.scoring import RewardError
-    from sharpening.trajectory import Schedule, branch_error, generate, score_branches, score_samples, select, walk
+    from sharpening.trajectory import (
+        Schedule,
+        branch_error,
+        generate,
+        score_branches,
+        score_samples,
+        select,
+        squared_error,
+        walk,
+    )
     from sharpening.validation import Validation, averaged_weights
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
@@ -418,12 +425,12 @@ def main(args: argparse.Namespace) -> int:
                     path = [*walk(predict, schedule, x_t[rows], t[rows], m, guide)]
                 target = {"x_0": x_0[rows], "eps": eps[rows], "kind": args.branch_target, "snr_gamma": args.snr_gamma}
                 of_pairs = condition.rows(rows // n)
-                errors, reference_errors, divergence = [], [], []
+                reference_errors, divergence = [], []
                 with sdxl.reference_unet(unet, frozen) as reference, accelerator.autocast():
                     for point in path if args.reference_steps == "all" else path[:1]:
                         output = sdxl.predict_output(reference, point.x, point.t, of_pairs)
                         reference_errors.append(branch_error(schedule, point, output, **target))
-                        divergence.append((output - point.output).square().flatten(1).mean(1))
+                        divergence.append(squared_error(output, point.output))
                 errors = [branch_error(schedule, point, point.output, **target) for point in path]
             active = torch.stack([point.active for point in path], 1)  # (2 B, m)
             preference = preference_loss(

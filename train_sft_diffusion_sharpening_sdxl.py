@@ -75,13 +75,11 @@ def sft_losses(
     Shapes: x_t, x_0, eps (B, 4, h, w), the start, clean latent and noise of each chosen branch; t (B,) where it
     starts; active (B, m) bool, from the score pass; a row without any active step carries no gradient.
     """
-    from sharpening.trajectory import branch_error, walk
+    from sharpening.trajectory import weighted_errors
 
     weights = active.to(x_t.dtype) / active.sum(1, keepdim=True).clamp(min=1) / len(active)  # (B, m)
-    path = walk(predict, schedule, x_t, t, active.shape[1], guide, detach=not args.backprop_through_sampler)
-    for k, point in enumerate(path):
-        errors = branch_error(schedule, point, point.output, x_0, eps, args.branch_target, args.snr_gamma)  # (B,)
-        yield (weights[:, k] * errors).sum()
+    detach, target = not args.backprop_through_sampler, (args.branch_target, args.snr_gamma)
+    yield from weighted_errors(predict, schedule, x_t, t, x_0, eps, weights, guide, detach, *target)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain 
 
 from reward import load_reward, parse_reward_spec
 from sharpening.arguments import (
+    LORA_FILE,
     OneSentenceParser,
     add_reward_flags,
     check_reward_flags,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 
 # What makes a folder a pipeline, or an adapter for the base.
-MARKERS = ("model_index.json", "pytorch_lora_weights.safetensors")
+MARKERS = ("model_index.json", LORA_FILE)
 SETTINGS = (
     "prompts", "num_images", "num_inference_steps", "guidance_scale", "resolution", "seed", "reward_model", "metrics",
 )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from sharpening.errors import UserError
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what makes a folder a LoRA adapter, for diffusers too
 SECRET_FLAGS = ("api_key", "hub_token")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 

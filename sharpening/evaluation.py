@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sharpening import sdxl, search
+from sharpening.arguments import LORA_FILE
 from sharpening.errors import UserError, first_line
 from sharpening.scoring import Reward
-from sharpening.sdxl import LORA_FILE, Source
+from sharpening.sdxl import Source
 from sharpening.tracking import to_numpy
 from sharpening.trajectory import Guide, Predict, Schedule
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 
-from sharpening.arguments import public
+from sharpening.arguments import LORA_FILE, public
 from sharpening.errors import UserError
-from sharpening.sdxl import LORA_FILE, Source, save_lora
+from sharpening.sdxl import Source, save_lora
 
 
 def save_result(

@@ -21,8 +21,6 @@ from sharpening.arguments import looks_local
 from sharpening.errors import UserError, first_line
 from sharpening.trajectory import Guide, Predict, classifier_free_guidance
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what makes a folder an adapter, for diffusers too
-
 
 @dataclass(frozen=True)
 class Source:

@@ -218,6 +218,29 @@ def branch_error(
     return error if snr_gamma is None else error * schedule.min_snr_weight(step.t, snr_gamma)
 
 
+def weighted_errors(
+    predict: Predict,
+    schedule: Schedule,
+    x_t: Tensor,
+    t: Tensor,
+    x_0: Tensor,
+    eps: Tensor,
+    weights: Tensor,
+    guide: Guide | None,
+    detach: bool,
+    kind: Literal["noise", "consistent"],
+    snr_gamma: float | None,
+) -> Iterator[Tensor]:
+    """Walk R branches and yield `sum_r weights[r, k] * error[r, k]` for each step k: an objective whose weights (R, m)
+    are known beforehand, step by step, so that each scalar can be backpropagated before the next forward.
+
+    x_t, x_0, eps (R, ...) are the start, clean latent and noise of each branch, t (R,) where it starts; `detach` is as
+    for `walk`, `kind` and `snr_gamma` as for `branch_error`.
+    """
+    for k, point in enumerate(walk(predict, schedule, x_t, t, weights.shape[1], guide, detach)):
+        yield (weights[:, k] * branch_error(schedule, point, point.output, x_0, eps, kind, snr_gamma)).sum()
+
+
 def masked_mean(values: Tensor, active: Tensor) -> Tensor:
     """Mean over the last axis, counting active entries only: (..., m) -> (...). Inactive values may be anything."""
     return torch.where(active, values, 0).sum(-1) / active.sum(-1)
