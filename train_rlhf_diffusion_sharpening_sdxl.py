@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sharpening.trajectory import Guide, Predict, Preference, Schedule
+    from sharpening.trajectory import Guide, Predict, Preference, Schedule, Transition
 
 PRESETS = {
     "paper": {
@@ -71,6 +71,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="the model as it is, or as it was: a prompt then always has the same latents, a fixed data set of pairs "
         "as in Diffusion-DPO",
     )
+    g.add_argument(
+        "--reference_sets",
+        type=int,
+        default=1,
+        help="with --generate_with=reference: sets of latents per prompt, each drawn once, then kept in memory",
+    )
     g.add_argument("--generation_batch_size", type=int, default=8, help="latents per forward when generating")
     g.add_argument("--generation_reuse", type=int, default=1, help="optimizer steps that one generation serves")
     g.add_argument(
@@ -93,9 +99,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     g.add_argument(
         "--train_on",
-        choices=["pair", "best"],
+        choices=["pair", "best", "policy"],
         default="pair",
-        help="the preference loss, or plain regression on the best branch alone: best-of-n fine-tuning on own samples",
+        help="the preference loss; or plain regression on the best branch alone, best-of-n fine-tuning on own "
+        "samples; or a policy gradient on m steps of every sample's own stochastic path, as DDPO has it",
     )
     g.add_argument("--beta_dpo", type=float, default=2500, help="beta of eq. 11, without DPO's factor 1/2")
     g.add_argument("--reward_margin_scale", type=float, default=1.0, help="scale of the reward margin; 0: without")
@@ -112,11 +119,30 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parse(parser, argv, PRESETS)
     n = args.num_noisy_latents
     require(n >= 2, f"--num_noisy_latents is {n}, but a preference needs 2 branches or more; raise it")
-    for name in ("generation_batch_size", "generation_reuse"):
+    for name in ("generation_batch_size", "generation_reuse", "reference_sets"):
         require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
     for name in ("guidance_scale", "reward_margin_scale"):
         require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}, but it must not be negative")
     require(args.beta_dpo > 0, f"--beta_dpo is {args.beta_dpo}, but it must be above 0")
+    require(
+        args.reference_sets == 1 or args.generate_with == "reference",
+        "--reference_sets are of the reference's latents; add --generate_with=reference",
+    )
+    if args.train_on == "policy":
+        own_samples = args.reward_on == "sample" and args.generate_with == "current" and args.generation_reuse == 1
+        require(
+            own_samples
+            and args.guidance_scale == args.branch_guidance_scale == 1
+            and not args.proportion_empty_prompts,
+            "--train_on=policy judges samples that the model has just drawn from their prompts without guidance; add "
+            "--reward_on=sample --latents_per_prompt=n --guidance_scale=1, and no --generate_with, "
+            "--generation_reuse, --branch_guidance_scale or --proportion_empty_prompts",
+        )
+        require(
+            args.trajectory_nums < args.infer_steps,
+            f"--trajectory_nums is {args.trajectory_nums}, but --train_on=policy takes its steps from the first "
+            f"{args.infer_steps - 1} of --infer_steps={args.infer_steps}; lower it",
+        )
     reuse_noise = args.branch_noise == "generation"
     needs_latents = {
         "share_noise_in_pair": args.share_noise_in_pair,
@@ -140,13 +166,16 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
 
     With P prompts, n branches of m steps, L latents per prompt of T sampling steps that serve k updates, and 2 rows
     where guidance is used: P L T / k to generate; P n m to score, or 2 P m if samples are judged; 2 P m for the
-    reference, or 2 P on first steps only; 2 P m to train. Branches that end early, below t = 0, cost less.
+    reference, or 2 P on first steps only; 2 P m to train. Branches that end early, below t = 0, cost less. A policy
+    gradient is P L T to generate and P n m to train. A frozen reference stops generating when it has drawn its sets.
     """
     prompts = args.train_batch_size * args.gradient_accumulation_steps
     n, m = args.num_noisy_latents, args.trajectory_nums
     latents = prompts * (n if args.latents_per_prompt == "n" else 1) / args.generation_reuse
     guided = 1 if args.branch_guidance_scale == 1 else 2
     judge_branches = args.reward_on == "trajectory"
+    if args.train_on == "policy":
+        return {"generate": latents * args.infer_steps, "train": prompts * n * m, "decode": latents}
     return {
         "generate": latents * args.infer_steps * (1 if args.guidance_scale == 1 else 2),
         "score": prompts * (n if judge_branches else 2) * m * guided,
@@ -221,6 +250,24 @@ def rlhf_losses(
     yield from weighted_errors(predict, schedule, x_t, t, x_0, eps, weights, guide, detach, *target)
 
 
+def policy_losses(
+    predict: Predict, schedule: Schedule, path: Sequence[Transition], advantage: Tensor
+) -> Iterator[Tensor]:
+    """DDPO's objective `-A log p_theta(x_(t-1) | x_t, c)` (Black et al., arXiv 2305.13301, eq. 4), a mean over R
+    samples and m of their steps: yields m scalars whose sum is the loss up to a constant.
+
+    The samples are of the model itself and serve one update, so the ratio of DDPO's importance sampling is 1 and its
+    clipping idle. path are the m transitions of `sample_path`; advantage (R,).
+    """
+    from sharpening.trajectory import weighted_errors
+
+    for x, t, x_0, eps, precision in path:
+        weights = advantage * precision / (len(path) * len(x))
+        yield from weighted_errors(
+            predict, schedule, x, t, x_0, eps, weights[:, None], guide=None, detach=True, kind="noise", snr_gamma=None
+        )
+
+
 def main(args: argparse.Namespace) -> int:
     """Train; returns the exit status: 0 finished, 1 stopped by a failing reward or loss, 128 + n by signal n."""
     # Imported here, so that --help and a mistyped flag are answered before seconds of imports.
@@ -238,8 +285,11 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.scoring import RewardError
     from sharpening.trajectory import (
         Schedule,
+        Transition,
+        advantages,
         branch_error,
         generate,
+        sample_path,
         score_branches,
         score_samples,
         select,
@@ -274,7 +324,7 @@ def main(args: argparse.Namespace) -> int:
     steps_per_epoch = math.ceil(len(prompt_data.dataset) / (batch_size * accumulation * world_size)) * reuse
     num_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     if is_main:
-        cost, frozen_copy = rows_per_step(args), not args.use_lora
+        cost, frozen_copy = rows_per_step(args), not (args.use_lora or args.train_on == "policy")
         plan = run.describe(
             args, source, accelerator, prompt_data.description, cost, steps_per_epoch, num_steps, frozen_copy
         )
@@ -291,8 +341,9 @@ def main(args: argparse.Namespace) -> int:
     vae = sdxl.load_vae(args, source, device, weight_dtype)
     reward_decoder = sdxl.load_reward_decoder(args, device, weight_dtype) if args.reward_vae else vae
     unet = sdxl.load_unet(args, source, device, weight_dtype)
-    # With LoRA the reference is the UNet without its adapter.
-    frozen = None if args.use_lora else sdxl.load_frozen_unet(args, source, device, weight_dtype)
+    # With LoRA the reference is the UNet without its adapter; a policy gradient knows no reference.
+    no_copy = args.use_lora or args.train_on == "policy"
+    frozen = None if no_copy else sdxl.load_frozen_unet(args, source, device, weight_dtype)
     parameters = sdxl.trainable_parameters(unet)
     ema = run.make_ema(unet, parameters, args, device) if args.use_ema else None
     optimizer = run.make_optimizer(parameters, args, world_size)
@@ -301,6 +352,7 @@ def main(args: argparse.Namespace) -> int:
     )
     model, optimizer = accelerator.prepare(unet, optimizer)
     generated: list[dict] = []  # prompts and latents of each micro-batch, for as many updates as they serve
+    of_reference: dict[str, Tensor] = {}  # what the reference made, by prompt and set
     checkpoints.register_checkpointing(accelerator, unet, ema, lr_scheduler, generated)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
@@ -351,19 +403,39 @@ def main(args: argparse.Namespace) -> int:
             prompts = batch["caption"]
             condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
             unet.eval()
-            # What the current model makes is new at every draw; what the reference makes, the same for each prompt.
-            keys = batch["draw"].tolist() if args.generate_with == "current" else prompts
+            # What the current model makes is new at every draw; what the reference makes, one of a prompt's sets.
+            as_now = args.generate_with == "current"
+            sets = batch["draw"] // len(cached) % args.reference_sets
+            of_sets = [f"{index}/{prompt}" for index, prompt in zip(sets.tolist(), prompts, strict=True)]
+            keys = batch["draw"].tolist() if as_now else of_sets
             noise = draws.draw_noise(args, keys, latents_per_prompt, latent_shape).flatten(0, 1).to(device)
             if len(generated) == micro_batch:
-                generation_started, latents = time.perf_counter(), []
-                as_now = args.generate_with == "current"
+                generation_started, latents, paths = time.perf_counter(), torch.zeros_like(noise), []
+                slices = torch.arange(len(noise)).split(args.generation_batch_size)
+                if not as_now:
+                    # What is kept is made by itself: neighbours in the batch would leave their rounding in it.
+                    by_prompt = zip(keys, torch.arange(len(noise)).split(latents_per_prompt), strict=True)
+                    missing = [rows for key, rows in by_prompt if key not in of_reference]
+                    slices = [part for rows in missing for part in rows.split(args.generation_batch_size)]
+                if args.train_on == "policy":
+                    path_noise, kept = draws.draw_path(args, keys, n, latent_shape, args.infer_steps, m)
+                    path_noise, kept = path_noise.flatten(0, 1).to(device), kept.flatten(0, 1)
                 sampled = nullcontext(unet) if as_now else sdxl.reference_unet(unet, frozen)
                 with torch.no_grad(), sampled as sampler_unet, accelerator.autocast():
-                    for rows in torch.arange(len(noise)).split(args.generation_batch_size):
+                    for rows in slices:
                         of_rows = condition.rows(rows // latents_per_prompt)
                         predict, guide = sdxl.branch_model(sampler_unet, of_rows, unconditional, args.guidance_scale)
-                        latents.append(generate(predict, schedule, noise[rows], guide))
-                generated.append({"prompts": prompts, "latents": torch.cat(latents)})
+                        if args.train_on == "policy":
+                            path = sample_path(predict, schedule, noise[rows], path_noise[rows], kept[rows])
+                            latents[rows] = path[0]
+                            paths.append(path[1])
+                        else:
+                            latents[rows] = generate(predict, schedule, noise[rows], guide)
+                if not as_now:
+                    for key, made in zip(keys, latents.cpu().split(latents_per_prompt), strict=True):
+                        of_reference.setdefault(key, made.clone())
+                    latents = torch.cat([of_reference[key] for key in keys]).to(device)
+                generated.append({"prompts": prompts, "latents": latents})
                 broken = not generated[-1]["latents"].isfinite().all()
                 generation_seconds += time.perf_counter() - generation_started
                 if run.any_rank(accelerator, broken):
@@ -417,45 +489,51 @@ def main(args: argparse.Namespace) -> int:
             rows = (torch.arange(batch_size)[:, None] * n + pair).flatten()  # (2 B,): best, worst, best, ...
 
             # ----------------------------------------------------------------------------------------- COMPARE
-            with torch.no_grad():
-                if args.reward_on == "trajectory":
-                    path = [point.rows(rows) for point in scores.path]
-                else:
-                    predict, guide = model_of(rows)
-                    path = [*walk(predict, schedule, x_t[rows], t[rows], m, guide)]
-                target = {"x_0": x_0[rows], "eps": eps[rows], "kind": args.branch_target, "snr_gamma": args.snr_gamma}
-                of_pairs = condition.rows(rows // n)
-                reference_errors, divergence = [], []
-                with sdxl.reference_unet(unet, frozen) as reference, accelerator.autocast():
-                    for point in path if args.reference_steps == "all" else path[:1]:
-                        output = sdxl.predict_output(reference, point.x, point.t, of_pairs)
-                        reference_errors.append(branch_error(schedule, point, output, **target))
-                        divergence.append(squared_error(output, point.output))
-                errors = [branch_error(schedule, point, point.output, **target) for point in path]
-            active = torch.stack([point.active for point in path], 1)  # (2 B, m)
-            preference = preference_loss(
-                args,
-                torch.stack(errors, 1).unflatten(0, (-1, 2)),
-                torch.stack(reference_errors, 1).unflatten(0, (-1, 2)),
-                active.unflatten(0, (-1, 2)),
-                rewards.to(device),
-                decided.to(device),
-            )
+            if args.train_on == "policy":
+                path = [Transition(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*paths, strict=True)]
+                predict, _ = sdxl.branch_model(model, condition.rows(torch.arange(len(x_0)) // n), unconditional, 1.0)
+                losses = policy_losses(predict, schedule, path, advantages(selection).flatten().to(device))
+            else:
+                with torch.no_grad():
+                    if args.reward_on == "trajectory":
+                        path = [point.rows(rows) for point in scores.path]
+                    else:
+                        predict, guide = model_of(rows)
+                        path = [*walk(predict, schedule, x_t[rows], t[rows], m, guide)]
+                    of_pairs, target = condition.rows(rows // n), {"x_0": x_0[rows], "eps": eps[rows]}
+                    target |= {"kind": args.branch_target, "snr_gamma": args.snr_gamma}
+                    reference_errors, divergence = [], []
+                    with sdxl.reference_unet(unet, frozen) as reference, accelerator.autocast():
+                        for point in path if args.reference_steps == "all" else path[:1]:
+                            output = sdxl.predict_output(reference, point.x, point.t, of_pairs)
+                            reference_errors.append(branch_error(schedule, point, output, **target))
+                            divergence.append(squared_error(output, point.output))
+                    errors = [branch_error(schedule, point, point.output, **target) for point in path]
+                active = torch.stack([point.active for point in path], 1)  # (2 B, m)
+                preference = preference_loss(
+                    args,
+                    torch.stack(errors, 1).unflatten(0, (-1, 2)),
+                    torch.stack(reference_errors, 1).unflatten(0, (-1, 2)),
+                    active.unflatten(0, (-1, 2)),
+                    rewards.to(device),
+                    decided.to(device),
+                )
+                tracking.add_preference(means, preference, rewards, decided, torch.stack(divergence, 1), active)
+                predict, guide = sdxl.branch_model(model, of_pairs, unconditional, args.branch_guidance_scale)
+                losses = rlhf_losses(
+                    args,
+                    predict,
+                    guide,
+                    schedule,
+                    x_t[rows],
+                    t[rows],
+                    x_0[rows],
+                    eps[rows],
+                    preference.weights.flatten(0, 1),
+                )
 
             # ------------------------------------------------------------------------------------------- TRAIN
             unet.train()
-            predict, guide = sdxl.branch_model(model, of_pairs, unconditional, args.branch_guidance_scale)
-            losses = rlhf_losses(
-                args,
-                predict,
-                guide,
-                schedule,
-                x_t[rows],
-                t[rows],
-                x_0[rows],
-                eps[rows],
-                preference.weights.flatten(0, 1),
-            )
             pending = torch.zeros((), device=device)
             for k in range(m):
                 # Processes exchange gradients once per optimizer step, in its last backward.
@@ -468,7 +546,6 @@ def main(args: argparse.Namespace) -> int:
             tracking.add_rewards(
                 means, scores, selection, sample.t if args.reward_on == "trajectory" else None, schedule
             )
-            tracking.add_preference(means, preference, rewards, decided, torch.stack(divergence, 1), active)
 
         # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
         metrics = means.reduce(accelerator)

@@ -99,6 +99,23 @@ def draw_noise(args: Namespace, keys: Sequence[int | str], count: int, shape: Se
     return torch.stack([torch.randn(count, *shape, generator=generator) for generator in generators])
 
 
+def draw_path(
+    args: Namespace, keys: Sequence[int], count: int, shape: Sequence[int], steps: int, kept: int
+) -> tuple[Tensor, Tensor]:
+    """What is random along `count` stochastic sampling paths of `steps` steps per draw.
+
+    Returns the noise of all steps but the last, (B, count, steps - 1, C, h, w) float32, and `kept` different ones of
+    those steps for each path, (B, count, kept) int64.
+    """
+    noises, indices = [], []
+    for key in keys:
+        generator = draw_generator(args.seed, int(key), "path")
+        noises.append(torch.randn(count, steps - 1, *shape, generator=generator))
+        order = [torch.randperm(steps - 1, generator=generator)[:kept] for _ in range(count)]
+        indices.append(torch.stack(order))
+    return torch.stack(noises), torch.stack(indices)
+
+
 def timestep_probabilities(args: Namespace, num_train_timesteps: int) -> Tensor:
     """Probabilities (T,) of a branch's first timestep, from the `--timestep_bias_*` flags.
 

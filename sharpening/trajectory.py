@@ -105,12 +105,19 @@ def ddim_step(schedule: Schedule, x0_hat: Tensor, eps_hat: Tensor, t: Tensor, no
 
     Without `noise` it is deterministic (eta = 0); with it, of the same shape, stochastic (eta = 1).
     """
-    alpha, sigma = schedule.alpha_sigma(t - schedule.stride, x0_hat)
     if noise is None:
+        alpha, sigma = schedule.alpha_sigma(t - schedule.stride, x0_hat)
         return alpha * x0_hat + sigma * eps_hat
-    alpha_t, sigma_t = schedule.alpha_sigma(t, x0_hat)
-    spread = sigma / sigma_t * (1 - (alpha_t / alpha) ** 2).clamp(min=0).sqrt()  # eq. 16
-    return alpha * x0_hat + (sigma**2 - spread**2).clamp(min=0).sqrt() * eps_hat + spread * noise
+    alpha, remaining, spread = _stochastic_step(schedule, t, x0_hat)
+    return alpha * x0_hat + remaining * eps_hat + spread * noise
+
+
+def _stochastic_step(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of `x0_hat`, `eps_hat` and fresh noise in a DDIM step with eta = 1 (eq. 16), shaped to broadcast."""
+    alpha, sigma = schedule.alpha_sigma(t - schedule.stride, like)
+    alpha_t, sigma_t = schedule.alpha_sigma(t, like)
+    spread = sigma / sigma_t * (1 - (alpha_t / alpha) ** 2).clamp(min=0).sqrt()
+    return alpha, (sigma**2 - spread**2).clamp(min=0).sqrt(), spread
 
 
 class Step(NamedTuple):
@@ -167,6 +174,51 @@ def generate(predict: Predict, schedule: Schedule, x: Tensor, guide: Guide | Non
             output = guide(output, x, t)
         x = ddim_step(schedule, *schedule.clean_and_noise(output, x, t), t)
     return x
+
+
+class Transition(NamedTuple):
+    """One step of a stochastic sampling path of R rows, as a regression problem; see `sample_path`."""
+
+    x: Tensor  # (R, ...) the state that was left
+    t: Tensor  # (R,) its timestep
+    x_0: Tensor  # (R, ...) the clean latent and
+    eps: Tensor  # (R, ...) the noise of that state which a model would have to predict to expect the state reached
+    precision: Tensor  # (R,) -log p(reached | x) = precision * mean squared error of the model's output + a constant
+
+
+def sample_path(
+    predict: Predict, schedule: Schedule, x: Tensor, noises: Tensor, kept: Tensor
+) -> tuple[Tensor, list[Transition]]:
+    """Sample clean latents (R, ...) from noise x (R, ...) by DDIM with eta = 1, and m transitions of each row's path.
+
+    noises (R, T - 1, ...) are what the steps add; the last of the T steps is deterministic. kept (R, m) says which
+    steps of a row to return, in [0, T - 1).
+
+    A step is Gaussian, and its mean is linear in the noise estimate e with a slope c: a step that added `spread * z`
+    is what a model would expect whose estimate is `e + spread z / c`. The log-density of the step, as a mean over
+    elements (as in DDPO, Black et al., arXiv 2305.13301), is therefore minus a squared error times
+    `c^2 / (2 spread^2)`.
+    """
+    transitions = []
+    *stochastic, last = schedule.timesteps.tolist()
+    for step, timestep in enumerate(stochastic):
+        t = torch.full((len(x),), timestep, device=x.device)
+        x0_hat, eps_hat = schedule.clean_and_noise(predict(x, t), x, t)
+        noise = noises[:, step]
+        alpha_t, sigma_t = schedule.alpha_sigma(t, x)
+        alpha, remaining, spread = _stochastic_step(schedule, t, x)
+        slope = remaining - alpha * sigma_t / alpha_t
+        eps = eps_hat + spread * noise / slope
+        # An error of the noise estimate, in units of what the model outputs.
+        unit = {"epsilon": torch.ones_like(alpha_t), "v_prediction": alpha_t, "sample": alpha_t / sigma_t}
+        precision = (slope * unit[schedule.prediction_type] / spread).square().flatten() / 2
+        transitions.append(Transition(x, t, (x - sigma_t * eps) / alpha_t, eps, precision))
+        x = ddim_step(schedule, x0_hat, eps_hat, t, noise)
+    t = torch.full((len(x),), last, device=x.device)
+    x_0 = ddim_step(schedule, *schedule.clean_and_noise(predict(x, t), x, t), t)
+    path = Transition(*map(torch.stack, zip(*transitions, strict=True)))  # (T - 1, R, ...)
+    rows = torch.arange(len(x))
+    return x_0, [Transition(*(part[steps, rows] for part in path)) for steps in kept.T]
 
 
 def classifier_free_guidance(predict_unconditional: Predict, scale: float) -> Guide:
@@ -335,6 +387,17 @@ def select(rewards: Tensor, active: Tensor) -> Selection:
     best, worst = as_loser.argmax(1), as_winner.argmin(1)
     tied = scored.any(1) & (as_loser.amax(1) == as_winner.amin(1))
     return Selection(branch_reward, scored, best, worst, tied)
+
+
+def advantages(selection: Selection) -> Tensor:
+    """Each branch's reward by its prompt's own mean and standard deviation, (B, n) in [-5, 5]; 0 without a reward or
+    where all of a prompt's branches earn the same."""
+    reward, scored = selection.branch_reward, selection.scored
+    count = scored.sum(1, keepdim=True).clamp(min=1)
+    mean = torch.where(scored, reward, 0).sum(1, keepdim=True) / count
+    deviation = torch.where(scored, reward - mean, 0)
+    spread = (deviation.square().sum(1, keepdim=True) / count).sqrt()
+    return torch.where(selection.tied[:, None], 0, deviation / spread.clamp(min=1e-8)).clamp(-5, 5)
 
 
 class Preference(NamedTuple):

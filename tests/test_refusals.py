@@ -207,6 +207,18 @@ RLHF_CASES = {
     "no reuse": ({"generation_reuse": 0}, ["--generation_reuse is 0"]),
     "no generation batch": ({"generation_batch_size": 0}, ["--generation_batch_size is 0"]),
     "some latents": ({"latents_per_prompt": 2}, ["--latents_per_prompt", "2"]),
+    "sets of no reference": ({"reference_sets": 2}, ["--reference_sets", "--generate_with=reference"]),
+    "no set": ({"generate_with": "reference", "reference_sets": 0}, ["--reference_sets is 0"]),
+    "policy of branches": ({"train_on": "policy"}, ["--train_on=policy", "--reward_on=sample"]),
+    "policy with guidance": (
+        {"train_on": "policy", "reward_on": "sample", "latents_per_prompt": "n"},
+        ["--train_on=policy", "--guidance_scale=1"],
+    ),
+    "policy of more steps than there are": (
+        {"train_on": "policy", "reward_on": "sample", "latents_per_prompt": "n", "guidance_scale": 1,
+         "trajectory_nums": 5, "infer_steps": 5},
+        ["--trajectory_nums is 5", "--infer_steps=5"],
+    ),
     "samples of one latent": ({"reward_on": "sample"}, ["--reward_on=sample", "--latents_per_prompt=n"]),
     "shared and generating noise": (
         {"preset": "released", "share_noise_in_pair": True}, ["--share_noise_in_pair and --branch_noise=generation"],

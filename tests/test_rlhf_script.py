@@ -15,9 +15,11 @@ import train_rlhf_diffusion_sharpening_sdxl as script
 from sharpening import sdxl
 from sharpening.draws import draw_branches, timestep_probabilities
 from sharpening.tracking import Watch
+from sharpening.trajectory import Schedule
 
 CAPTIONS = ["a red circle on a white background", "a blue square on a gray background"]
 SAMPLES = {"reward_on": "sample", "latents_per_prompt": "n"}
+POLICY = {**SAMPLES, "train_on": "policy", "guidance_scale": 1}
 QUICK = {"infer_steps": 2, "trajectory_nums": 1, "num_noisy_latents": 2}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -42,8 +44,6 @@ def counted(monkeypatch):
     predict, decode, load = sdxl.predict_output, sdxl.decode_latents, sdxl.load_frozen_unet
     from sharpening import trajectory
 
-    generate = trajectory.generate
-
     def count_predict(unet, x, t, condition):
         if generating:
             purpose = "generate"
@@ -66,16 +66,20 @@ def counted(monkeypatch):
         frozen.append(load(*args))
         return frozen[-1]
 
-    def count_generate(*args):
-        generating.append(True)
-        result = generate(*args)
-        generating.pop()
-        return result
+    def counted_generation(function):
+        def count(*args):
+            generating.append(True)
+            result = function(*args)
+            generating.pop()
+            return result
+
+        return count
 
     monkeypatch.setattr(sdxl, "predict_output", count_predict)
     monkeypatch.setattr(sdxl, "decode_latents", count_decode)
     monkeypatch.setattr(sdxl, "load_frozen_unet", load_frozen)
-    monkeypatch.setattr(trajectory, "generate", count_generate)
+    for name in ("generate", "sample_path"):
+        monkeypatch.setattr(trajectory, name, counted_generation(getattr(trajectory, name)))
     return rows
 
 
@@ -101,6 +105,7 @@ LATE = {"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep
         {**SAMPLES, "generation_reuse": 2, "trajectory_nums": 1},
         {"use_lora": True},
         {**SAMPLES, "train_on": "best"},
+        {**POLICY, "trajectory_nums": 3, "num_noisy_latents": 4},
     ],
     ids=lambda changes: ",".join(changes) or "defaults",
 )
@@ -109,7 +114,7 @@ def test_forwards_of_an_optimizer_step_are_those_documented(changes, train, flag
     changes = {"prompts_file": prompts, "train_data_dir": None, "infer_steps": 5, **LATE, **changes}
     command = flags(**changes, max_train_steps=2)
     assert train(command) == 0
-    expected = script.rows_per_step(script.parse_args(command))
+    expected = dict.fromkeys(counted, 0) | script.rows_per_step(script.parse_args(command))
     assert {name: count / 2 for name, count in counted.items()} == expected
 
 
@@ -139,8 +144,6 @@ def test_caption_column_of_an_image_folder_is_read_without_its_images(train, fla
 
 def test_one_latent_serves_all_branches_or_each_has_its_own(train, flags, tmp_path, monkeypatch):
     seen = []
-    from sharpening.trajectory import Schedule
-
     add_noise = Schedule.add_noise
 
     def record(self, x_0, eps, t):
@@ -235,24 +238,37 @@ def test_latents_of_a_checkpoint_serve_no_other_prompts(changes, train, flags, t
 
 
 def test_pairs_of_the_reference_are_a_fixed_data_set(train, flags, prompts, monkeypatch):
-    """Whatever the model has become, a prompt's latents are those that the base model made of it at first."""
+    """Whatever the model has become, a prompt has the latents that the base made of it, set by set, each made once."""
     from sharpening import trajectory
 
-    made = []
-    generate = trajectory.generate
+    made, seen = [], []
+    generate, add_noise = trajectory.generate, Schedule.add_noise
     monkeypatch.setattr(trajectory, "generate", lambda *args: made.append(generate(*args)) or made[-1])
+    monkeypatch.setattr(Schedule, "add_noise", lambda *args: seen.append(args[1]) or add_noise(*args))
     options = {**SAMPLES, "prompts_file": prompts, "train_data_dir": None, "num_noisy_latents": 2, "infer_steps": 3}
-    options |= {"max_train_steps": 3, "learning_rate": 1e-2, "trajectory_nums": 1, "train_batch_size": 2}
+    options |= {"max_train_steps": 5, "learning_rate": 1e-2, "trajectory_nums": 1, "train_batch_size": 2}
+    options |= {"generate_with": "reference", "reference_sets": 2}
     for extra in ({"use_lora": True}, {}):
-        made.clear()
-        assert train(flags(**options, **extra, generate_with="reference", output_dir=prompts.parent / f"{extra}")) == 0
-        of_step = [latents.unflatten(0, (2, 2)) for latents in made]  # both prompts, in either order
-        for later in of_step[1:]:
-            same = torch.allclose(later, of_step[0], atol=1e-5)
-            assert same or torch.allclose(later.flip(0), of_step[0], atol=1e-5)
-    made.clear()
-    assert train(flags(**options, output_dir=prompts.parent / "current")) == 0
-    assert not torch.allclose(made[0].sort(0).values, made[2].sort(0).values, atol=1e-2)
+        made.clear(), seen.clear()
+        assert train(flags(**options, **extra, output_dir=prompts.parent / f"{extra}")) == 0
+        assert len(made) == 2 * 2  # prompts, sets
+        of_step = [x_0.unflatten(0, (2, 2)) for x_0 in seen]  # both prompts, in either order
+
+        def same(left, right):
+            return torch.equal(left, right) or torch.equal(left.flip(0), right)
+
+        assert same(of_step[0], of_step[2]) and same(of_step[0], of_step[4]) and same(of_step[1], of_step[3])
+        assert not same(of_step[0], of_step[1])
+    assert len({latents.sum().item() for latents in made}) == 4
+
+
+def test_resume_finds_the_same_pairs_of_the_reference(train, flags, tmp_path):
+    options = {**QUICK, **SAMPLES, "generate_with": "reference", "train_batch_size": 5, "checkpointing_steps": 1}
+    assert train(flags(**options, max_train_steps=4, output_dir=tmp_path / "whole")) == 0
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed = {"output_dir": tmp_path / "resumed", "resume_from_checkpoint": "latest"}
+    assert train(flags(**options, max_train_steps=4, **resumed)) == 0
+    assert same_tensors(tmp_path / "whole" / WEIGHTS, tmp_path / "resumed" / WEIGHTS)
 
 
 def test_reused_generation_meets_new_noise_and_timesteps(train, flags, tmp_path, monkeypatch):
@@ -307,7 +323,7 @@ def test_at_the_reference_nothing_is_preferred_yet(precision, lora, train, flags
     "changes",
     [
         {"beta_dpo": 10.0}, {"reward_margin_scale": 50.0}, {"branch_target": "consistent"}, {"snr_gamma": 5.0},
-        {"train_on": "best"}, {"generate_with": "reference"},
+        {"train_on": "best"}, {"generate_with": "reference"}, POLICY,
         {"guidance_scale": 1.0}, {"latents_per_prompt": "n"}, {"latents_per_prompt": "n", "share_noise_in_pair": True},
         SAMPLES, {"generation_reuse": 2}, {"reference_steps": "first"},
     ],
