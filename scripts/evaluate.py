@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
             name: evaluation.compare(values, None if values is of_base else of_base)
             for name, values in by_model.items()
         }
-    write_files(args, results, scores, costs, prompts)
+    write_files(args, folders, results, scores, costs, prompts)
     first = range(min(args.grid_images, args.num_images))
     shown = {name: evaluation.read_images(folder, prompts, first) for name, folder in folders.items()}
     evaluation.write_grid(shown, prompts[: len(first)], args.output_dir / "grid.png")
@@ -207,13 +207,20 @@ def reward_identity(args: argparse.Namespace) -> str:
     return json.dumps([args.reward_model, flags, [file_stamp(Path(name).expanduser()) for name in named if name]])
 
 
-def write_files(args: argparse.Namespace, results: dict, scores: dict, costs: dict, prompts: list[str]) -> None:
+def write_files(
+    args: argparse.Namespace, folders: dict, results: dict, scores: dict, costs: dict, prompts: list[str]
+) -> None:
     """`summary.json`, `summary.csv` and `scores.csv`."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     summary = {
         "settings": settings,
         "models": {
-            name: {"path": path, "search": args.searches[name], **costs[name]._asdict()}
+            name: {
+                "path": path,
+                "search": args.searches[name],
+                "images": str(folders[name].resolve()),
+                **costs[name]._asdict(),
+            }
             for name, path in args.models.items()
         },
         "metrics": {spec: {name: c._asdict() for name, c in models.items()} for spec, models in results.items()},
