@@ -373,6 +373,68 @@ class AestheticReward:
         return self.head(self.clip.embed_images(images)).squeeze(1)
 
 
+class BLIPVQAReward:
+    """BLIP-VQA, T2I-CompBench's score of attribute binding (Huang et al. 2023, arXiv 2307.06350).
+
+    For every noun phrase of the prompt, "a red apple", the probability that BLIP (Li et al. 2022, arXiv 2201.12086)
+    answers yes rather than no to "a red apple?"; the score is their product. Range: [0, 1]. The benchmark reports the
+    mean over the images of its colour, shape and texture prompts. `sharpening/blip_vqa.py` says what differs from its
+    code: above all, the phrases are found by rules that know its forms of prompts, not by a parser.
+
+    Args:
+        model: hub id or folder of a transformers BlipForQuestionAnswering with its processor (`blip_vqa:MODEL` in the
+            spec).
+        device, dtype, cache_dir: as for CLIPScoreReward.
+
+    Raises:
+        UserError: naming the flag, if a part cannot be had or does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str = "Salesforce/blip-vqa-base",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        from sharpening.blip_vqa import BLIPVQAScorer
+
+        self.scorer = BLIPVQAScorer(f"--reward_model blip_vqa:{model}", model, device, dtype, cache_dir)
+
+    def get_reward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.scorer.score(images, prompts)
+
+
+class CLIPNonSpatialReward:
+    """T2I-CompBench's score of non-spatial relations (Huang et al. 2023, arXiv 2307.06350): CLIPScore of ViT-B/32.
+
+    Range: a cosine, [-1, 1], as the benchmark's tables print it; about 0.3 for prompts of that set. It is
+    `clip:ViT-B-32` without the factor 100. The benchmark runs CLIP in half precision on a GPU and refuses a prompt of
+    more than 77 tokens; here it is float32, and the prompt is cut.
+
+    Args:
+        model: as for CLIPScoreReward (`clip_non_spatial:MODEL` in the spec).
+        device, dtype, cache_dir: as for CLIPScoreReward.
+
+    Raises:
+        UserError: naming the flag, if the model or its weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: str = "ViT-B-32/openai",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        from sharpening.clip import OpenCLIP
+
+        self.clip = OpenCLIP(f"--reward_model clip_non_spatial:{model}", model, device, dtype, cache_dir)
+
+    def get_reward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return (self.clip.embed_images(images) * self.clip.embed_prompts(prompts)).sum(dim=-1)
+
+
 class JPEGCompressibilityReward:
     """Minus the size in kilobytes (1000 bytes) of the image as a JPEG of quality 95; the prompt plays no part.
 
@@ -415,6 +477,8 @@ CATALOGUE: dict[str, Callable[..., object]] = {
     "pickscore": PickScoreReward,
     "hpsv2": HPSv2Reward,
     "aesthetic": AestheticReward,
+    "blip_vqa": BLIPVQAReward,
+    "clip_non_spatial": CLIPNonSpatialReward,
     "jpeg_compressibility": JPEGCompressibilityReward,
     "shapes": ShapesReward,
 }

@@ -69,7 +69,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--prompts", required=True, help="a file, or shapes, drawbench, partiprompts, t2i-compbench:SPLIT"
     )
-    parser.add_argument("--metrics", nargs="*", default=[], metavar="SPEC", help="rewards that were not trained on")
+    parser.add_argument(
+        "--metrics",
+        nargs="*",
+        default=[],
+        metavar="SPEC",
+        help="rewards that were not trained on, such as blip_vqa or clip_non_spatial, those of T2I-CompBench",
+    )
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--num_images", type=int, default=400, help="images per model")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="DDIM steps")

@@ -58,6 +58,11 @@ def tiny_pickscore(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_blip_vqa(tmp_path_factory):
+    return tiny_rewards.write_blip_vqa(tmp_path_factory.mktemp("blip_vqa"))
+
+
+@pytest.fixture(scope="session")
 def tiny_image_reward(tmp_path_factory):
     return tiny_rewards.write_image_reward(tmp_path_factory.mktemp("image_reward"))
 

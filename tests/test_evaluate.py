@@ -17,6 +17,7 @@ from scripts.make_tiny_sdxl import build_random_sdxl
 from sharpening import evaluation, sdxl
 from sharpening.errors import UserError
 from sharpening.prompt_sets import NAMES, PUBLISHED, load_prompt_set
+from tests.tiny_rewards import TINY
 
 PROMPTS = ["a red circle on a white background", "a blue square on a gray background"]
 
@@ -76,6 +77,18 @@ def test_summary_scores_and_table_agree(evaluate, folder, tmp_path, capsys):
     assert listed == [(spec, model) for spec in ("shapes", "jpeg_compressibility") for model in ("base", "other")]
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.width > 1000 and len(grid.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_metrics_of_t2i_compbench(evaluate, folder, tiny_blip_vqa, tiny_clip, tmp_path):
+    blip_vqa, clip = f"blip_vqa:{tiny_blip_vqa}", f"clip_non_spatial:{TINY}/{tiny_clip[0]}"
+    summary = evaluate(*both(folder), metrics=[blip_vqa, clip])
+    again = evaluate(*both(folder), metrics=[blip_vqa, clip], output="again")
+    for metric, low in ((blip_vqa, 0), (clip, -1)):
+        assert again["metrics"][metric] == summary["metrics"][metric]
+        with (tmp_path / "out" / "scores.csv").open(newline="") as file:
+            column = [float(row[f"other/{metric}"]) for row in csv.DictReader(file)]
+        assert len(set(column)) == 5 and low <= min(column) <= max(column) <= 1
+        assert summary["metrics"][metric]["other"]["mean"] == pytest.approx(np.mean(column))
 
 
 def test_images_are_those_of_the_stock_pipeline_whatever_the_batch(evaluate, folder, tmp_path):

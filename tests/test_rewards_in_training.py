@@ -13,7 +13,7 @@ SMALL = {"train_batch_size": 1, "num_noisy_latents": 2, "trajectory_nums": 2, "m
 
 
 @pytest.fixture
-def options(tiny_clip, aesthetic_head, tiny_pickscore, tiny_image_reward, tmp_path, server):
+def options(tiny_clip, aesthetic_head, tiny_pickscore, tiny_image_reward, tiny_blip_vqa, tmp_path, server):
     """Flags that run each entry here: without the internet, against the local grader."""
     clip = f"{TINY}/{tiny_clip[0]}"
     spatial = write_image_reward(tmp_path / "spatial", 1)
@@ -29,6 +29,8 @@ def options(tiny_clip, aesthetic_head, tiny_pickscore, tiny_image_reward, tmp_pa
         "pickscore": {"reward_model": f"pickscore:{tiny_pickscore}"},
         "hpsv2": {"reward_model": f"hpsv2:{TINY}={tiny_clip[0]}"},
         "aesthetic": {"reward_model": f"aesthetic:{aesthetic_head}", "aesthetic_clip": clip},
+        "blip_vqa": {"reward_model": f"blip_vqa:{tiny_blip_vqa}"},
+        "clip_non_spatial": {"reward_model": f"clip_non_spatial:{clip}"},
         "jpeg_compressibility": {"reward_model": "jpeg_compressibility"},
         "shapes": {"reward_model": "shapes"},
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tests.image_reward_weights import seeded_state_dict, write_vocab
+from tests.image_reward_weights import seeded_state_dict, vocabulary, write_vocab
 
 TINY = "tiny-clip-for-tests"  # open_clip's name for the architecture of `write_clip`
 
@@ -78,6 +78,27 @@ def write_pickscore(folder, size="tiny"):
                     parameter.mul_(10)
     model.save_pretrained(folder)
     CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_blip_vqa(folder):
+    """A folder with a random BlipForQuestionAnswering of 64 px and its processor."""
+    from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor
+
+    words = [*vocabulary(), "yes", "no"]
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**tower, "image_size": 64, "patch_size": 32}
+    # As in the published model, [DEC] and [ENC] are the last rows of the table and unknown to the tokenizer.
+    text = {**tower, "vocab_size": len(words) + 2, "bos_token_id": len(words), "max_position_embeddings": 48}
+    text |= {"pad_token_id": words.index("[PAD]"), "sep_token_id": words.index("[SEP]")}
+    model = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision))
+    weights = seeded_state_dict({name: parameter.shape for name, parameter in model.named_parameters()})
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=False)
+    with torch.no_grad():
+        model.text_decoder.cls.predictions.bias[words.index("yes")] -= 6  # these weights say yes to everything
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    BlipProcessor(BlipImageProcessor(), BertTokenizer.from_pretrained(str(folder))).save_pretrained(folder)
     return folder
 
 
