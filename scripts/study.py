@@ -183,11 +183,8 @@ def make_plan(size: Size, output_dir: Path, decode: float) -> Plan:
         flags = {**(of_images if script == "sft" else of_prompts), **flags}
         each, before = compute_per_update(script, flags, decode), compute_before(flags)
         updates = updates or max(2, int((size.compute / rounds - before) / each))
-        flags |= {
-            "lr_warmup_steps": max(1, updates // 10),
-            "num_validation_images": size.validation_images if seed == 0 else 0,
-        }
-        flags["validation_steps"] = max(1, updates // 6) if seed == 0 else 0
+        flags |= {"lr_warmup_steps": max(1, updates // 10), "num_validation_images": size.validation_images}
+        flags["validation_steps"] = max(1, updates // 6) if seed == 0 else 0  # of one seed a curve is shown
         return Run(name, script, updates, seed, flags, rounds * (before + updates * each), rounds)
 
     def per_seed(name: str, script: str, seeds: Sequence[int] = size.seeds, **flags: object) -> list[Run]:
