@@ -145,20 +145,29 @@ def decode_cost() -> float:
 
 
 def compute_per_update(script: str, flags: Mapping[str, object], decode: float) -> float:
-    """Forwards of a row that one optimizer step costs, without those of latents that a frozen reference makes once."""
+    """Forwards of a row that an optimizer step of the method needs.
+
+    That is less than the script spends where it looks at more than it must: one noise needs no score, regression on
+    the best branch no reference and no worst branch, and pairs drawn once are judged once (see `compute_before`).
+    """
     module = import_module(SCRIPTS[script])
-    rows = module.rows_per_step(module.parse_args(words({**flags, "output_dir": "none"})))
-    if flags.get("generate_with") == "reference":
-        rows["generate"] = 0
+    args = module.parse_args(words({**flags, "output_dir": "none"}))
+    rows = module.rows_per_step(args)
+    if args.num_noisy_latents == 1:
+        rows |= {"score": 0, "decode": 0}
+    if script == "rlhf" and args.train_on == "best":
+        rows |= {"score": 0, "reference": 0, "train": rows["train"] / 2}
+    if script == "rlhf" and args.generate_with == "reference":
+        rows |= {"generate": 0, "decode": 0}
     weights = {"generate": 1, "score": 1, "reference": 1, "train": 3, "decode": decode}
     return sum(weights[name] * count for name, count in rows.items())
 
 
-def compute_before(flags: Mapping[str, object]) -> float:
-    """Forwards of a row to draw a frozen reference's latents, once."""
+def compute_before(flags: Mapping[str, object], decode: float) -> float:
+    """Forwards of a row to draw and to judge a frozen reference's latents, once."""
     if flags.get("generate_with") != "reference":
         return 0
-    return TRAINING_PROMPTS * flags["reference_sets"] * flags["num_noisy_latents"] * flags["infer_steps"]
+    return TRAINING_PROMPTS * flags["reference_sets"] * flags["num_noisy_latents"] * (flags["infer_steps"] + decode)
 
 
 def words(flags: Mapping[str, object]) -> list[str]:
@@ -181,7 +190,7 @@ def make_plan(size: Size, output_dir: Path, decode: float) -> Plan:
 
     def run(name: str, script: str, seed: int, updates: int | None = None, rounds: int = 1, **flags: object) -> Run:
         flags = {**(of_images if script == "sft" else of_prompts), **flags}
-        each, before = compute_per_update(script, flags, decode), compute_before(flags)
+        each, before = compute_per_update(script, flags, decode), compute_before(flags, decode)
         updates = updates or max(2, int((size.compute / rounds - before) / each))
         flags |= {"lr_warmup_steps": max(1, updates // 10), "num_validation_images": size.validation_images}
         flags["validation_steps"] = max(1, updates // 6) if seed == 0 else 0  # of one seed a curve is shown

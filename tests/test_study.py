@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from scripts import study
 from sharpening.errors import UserError
+from sharpening.shapes import training_captions
 
 DECODE = 0.62
 
@@ -39,26 +40,30 @@ def test_table_1_spends_the_same_compute_on_every_method(plan):
         for run in runs:
             each = study.compute_per_update(run.script, run.flags, DECODE)
             assert size.compute - run.rounds * each < run.compute <= size.compute, label
-            assert run.compute == pytest.approx(run.rounds * (study.compute_before(run.flags) + run.updates * each))
+            assert run.compute == pytest.approx(
+                run.rounds * (study.compute_before(run.flags, DECODE) + run.updates * each)
+            )
     assert {run.seed for runs in plan.table_1.values() for run in runs} == {0, 1, 2}
     assert len(plan.table_1) == 9
 
 
-def test_compute_is_what_the_rows_cost():
-    """Standard fine-tuning trains one row per image: three forwards. The reference draws its latents once."""
-    flags = {"pretrained_model_name_or_path": study.MODEL, "reward_model": "shapes"}
-    images = {**flags, "train_data_dir": "tests", "num_noisy_latents": 2, "trajectory_nums": 3, "train_batch_size": 5}
-    assert study.compute_per_update("sft", images, DECODE) == pytest.approx(5 * (2 * 3 * (1 + DECODE) + 3 * 3))
-    fixed = {**flags, **study.SAMPLES, "train_data_dir": "tests", "train_batch_size": 5}
-    fixed |= {"generate_with": "reference", "reference_sets": 2}
-    assert study.compute_per_update("rlhf", fixed, DECODE) == pytest.approx(5 * (2 + 2 + 2 * 3 + 4 * DECODE))
-    assert study.compute_before(fixed) == len(study_prompts()) * 2 * 4 * 10
-
-
-def study_prompts():
-    from sharpening.shapes import training_captions
-
-    return training_captions()
+@pytest.mark.parametrize(
+    ("script", "changes", "per_prompt"),
+    [
+        ("sft", {"num_noisy_latents": 2, "trajectory_nums": 3}, 2 * 3 * (1 + DECODE) + 3 * 3),
+        ("sft", {"num_noisy_latents": 1, "trajectory_nums": 1}, 3),  # standard fine-tuning scores nothing
+        ("rlhf", study.SAMPLES, 4 * (10 + DECODE) + 2 + 2 + 2 * 3),
+        ("rlhf", {**study.SAMPLES, "train_on": "best"}, 4 * (10 + DECODE) + 3),
+        ("rlhf", {**study.SAMPLES, "generate_with": "reference", "reference_sets": 2}, 2 + 2 + 2 * 3),
+    ],
+    ids=["branches", "one noise", "pairs", "best", "fixed pairs"],
+)
+def test_compute_is_what_the_method_needs(script, changes, per_prompt):
+    flags = {"pretrained_model_name_or_path": study.MODEL, "reward_model": "shapes", "train_batch_size": 5}
+    flags |= {"train_data_dir": "tests", **changes}
+    assert study.compute_per_update(script, flags, DECODE) == pytest.approx(5 * per_prompt)
+    before = len(training_captions()) * 2 * 4 * (10 + DECODE) if "reference_sets" in changes else 0
+    assert study.compute_before(flags, DECODE) == pytest.approx(before)
 
 
 def test_settling_compares_equal_updates_and_equal_compute(plan):
