@@ -63,6 +63,14 @@ def tiny_image_reward(tmp_path_factory):
 
 
 @pytest.fixture
+def no_progress_bars(monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
 def server(monkeypatch):
     """A grader at `server.base_url`, without any key in the environment and with short pauses between retries."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)

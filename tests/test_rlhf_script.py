@@ -118,7 +118,7 @@ def test_prompts_file_is_all_the_data_a_run_needs(train, flags, tmp_path, capsys
         raise AssertionError("an image was read or encoded")
 
     monkeypatch.setattr(sdxl, "encode_images", refuse)
-    monkeypatch.setattr("sharpening.data._read_image", refuse)
+    monkeypatch.setattr("sharpening.encoding_cache.read_image", refuse)
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join([CAPTIONS[0], "", CAPTIONS[1], CAPTIONS[0], "   "]) + "\n")
     assert train(flags(train_data_dir=None, prompts_file=path, **QUICK)) == 0

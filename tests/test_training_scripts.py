@@ -439,7 +439,7 @@ def test_caches_are_made_once(method, train, flags, world, tmp_path, monkeypatch
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(sdxl, "encode_images", refuse)
-    monkeypatch.setattr("sharpening.data._add_captions", refuse)
+    monkeypatch.setattr("sharpening.encoding_cache._add_captions", refuse)
     assert train(flags(cache_dir=cache, output_dir=tmp_path / "second")) == 0
     assert list(map(values, metrics(tmp_path / "first"))) == list(map(values, metrics(tmp_path / "second")))
     kinds = {path.name.split("-")[0] for path in Path(cache, "diffusion_sharpening").glob("*[!k]")}
