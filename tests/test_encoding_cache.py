@@ -366,6 +366,7 @@ def test_workers_change_nothing(tmp_path):
     assert batch["prompt_embeds"].shape == (3, 77, 8) and batch["pooled_prompt_embeds"].shape == (3, 4)
 
 
+@pytest.mark.slow
 def test_importing_the_modules_loads_no_model_library():
     code = "import sys; from sharpening import captioned_images, encoding_cache, prompts\n"
     code += "print([m for m in ('transformers', 'diffusers') if m in sys.modules])"
