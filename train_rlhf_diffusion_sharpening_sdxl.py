@@ -281,7 +281,9 @@ def main(args: argparse.Namespace) -> int:
     from torch.utils.data import DataLoader
 
     from reward import load_reward
-    from sharpening import checkpoints, data, draws, publishing, run, sdxl, tracking
+    from sharpening import checkpoints, draws, publishing, run, sdxl, tracking
+    from sharpening.encoding_cache import cache_embeddings, collate
+    from sharpening.prompts import load_prompts
     from sharpening.scoring import RewardError
     from sharpening.trajectory import (
         Schedule,
@@ -307,7 +309,7 @@ def main(args: argparse.Namespace) -> int:
     scheduler_config = source.read_json("scheduler/scheduler_config.json")
     validate_schedule(args, scheduler_config["num_train_timesteps"])
     schedule = Schedule.from_config(scheduler_config, args.infer_steps, args.prediction_type)
-    prompt_data = data.load_prompts(
+    prompt_data = load_prompts(
         prompts_file=args.prompts_file,
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -361,7 +363,7 @@ def main(args: argparse.Namespace) -> int:
     encoders = sdxl.TextEncoders.load(source, device, weight_dtype)
     unconditional = sdxl.unconditional_embedding(source, encoders)
     validation = Validation(args, encoders, unconditional)
-    cached = data.cache_embeddings(
+    cached = cache_embeddings(
         prompt_data.dataset,
         encode_prompts=encoders.encode,
         batch_size=args.decode_batch_size,
@@ -377,7 +379,7 @@ def main(args: argparse.Namespace) -> int:
         start_step // reuse, math.ceil(num_steps / reuse),
     )  # fmt: skip
     workers = {"num_workers": args.dataloader_num_workers, "pin_memory": device.type == "cuda"}
-    batches = iter(DataLoader(cached, batch_sampler=sampler, collate_fn=data.collate, **workers))
+    batches = iter(DataLoader(cached, batch_sampler=sampler, collate_fn=collate, **workers))
     probabilities = draws.timestep_probabilities(args, schedule.num_train_timesteps)  # (T,)
     latent_shape = sdxl.latent_shape(vae, args.resolution)
     time_ids = sdxl.default_time_ids(batch_size, args.resolution, device)

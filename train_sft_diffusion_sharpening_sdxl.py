@@ -95,7 +95,9 @@ def main(args: argparse.Namespace) -> int:
     from torch.utils.data import DataLoader
 
     from reward import load_reward
-    from sharpening import checkpoints, data, draws, publishing, run, sdxl, tracking
+    from sharpening import checkpoints, draws, publishing, run, sdxl, tracking
+    from sharpening.captioned_images import load_captioned_images
+    from sharpening.encoding_cache import cache_latents_and_embeddings, collate
     from sharpening.scoring import RewardError
     from sharpening.trajectory import Schedule, score_branches, select
     from sharpening.validation import Validation, averaged_weights
@@ -109,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
     scheduler_config = source.read_json("scheduler/scheduler_config.json")
     validate_schedule(args, scheduler_config["num_train_timesteps"])
     schedule = Schedule.from_config(scheduler_config, args.infer_steps, args.prediction_type)
-    images = data.load_captioned_images(
+    images = load_captioned_images(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         train_data_dir=args.train_data_dir,
@@ -155,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
     encoders = sdxl.TextEncoders.load(source, device, weight_dtype)
     unconditional = sdxl.unconditional_embedding(source, encoders)
     validation = Validation(args, encoders, unconditional)
-    cached = data.cache_latents_and_embeddings(
+    cached = cache_latents_and_embeddings(
         images,
         image_column=args.image_column,
         caption_column=args.caption_column,
@@ -175,7 +177,7 @@ def main(args: argparse.Namespace) -> int:
         len(cached), batch_size, accelerator.process_index, world_size, accumulation, args.seed, start_step, num_steps
     )
     workers = {"num_workers": args.dataloader_num_workers, "pin_memory": device.type == "cuda"}
-    batches = iter(DataLoader(cached, batch_sampler=sampler, collate_fn=data.collate, **workers))
+    batches = iter(DataLoader(cached, batch_sampler=sampler, collate_fn=collate, **workers))
     probabilities = draws.timestep_probabilities(args, schedule.num_train_timesteps)  # (T,)
 
     # ------------------------------------------------------------------------------------------------ TRAINING

@@ -19,7 +19,7 @@ import csv
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain file from anywhere
 
@@ -49,8 +49,16 @@ SETTINGS = (
 )  # fmt: skip
 
 
+class Model(NamedTuple):
+    """What `--models` says of one model."""
+
+    name: str
+    path: str  # of a pipeline or an adapter, or a hub id
+    search: str | None
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked before anything is loaded; `models` becomes a dict of names and paths.
+    """The flags, checked before anything is loaded; `models` becomes a list of `Model`.
 
     Raises:
         UserError: naming the flag and the remedy.
@@ -98,26 +106,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args.resolution is None or (args.resolution > 0 and args.resolution % 8 == 0),
         f"--resolution is {args.resolution}, but SDXL needs a positive multiple of 8",
     )
-    pairs = [entry.partition("=") for entry in args.models]
-    for name, separator, path in pairs:
-        require(bool(name and separator and path), f"--models {name}{separator}{path} must be NAME=PATH")
-        require(name.isidentifier(), f"--models {name}=...: the name becomes a folder; use letters, digits and _")
-        path, at, spec = path.partition("@")
-        if at:
-            from sharpening.search import parse as parse_search
-
-            parse_search(spec)
-        found = not looks_local(path) or any((Path(path).expanduser() / file).is_file() for file in MARKERS)
-        require(
-            found,
-            f"--models {path} holds no {' and no '.join(MARKERS)}; give a pipeline folder, a LoRA folder or a hub id",
-        )
-    args.models = {name: path for name, _, path in pairs}
-    args.searches = {name: path.partition("@")[2] or None for name, path in args.models.items()}
-    args.models = {name: path.partition("@")[0] for name, path in args.models.items()}
-    args.models = {name: str(Path(p).expanduser()) if looks_local(p) else p for name, p in args.models.items()}
-    require(len(args.models) == len(pairs), "--models: two models have one name; give each its own")
-    base = next(iter(args.models.values()))
+    args.models = [parse_model(entry) for entry in args.models]
+    names = {model.name for model in args.models}
+    require(len(names) == len(args.models), "--models: two models have one name; give each its own")
+    base = args.models[0].path
     require(
         not (Path(base) / MARKERS[1]).is_file(),
         f"--models: the base {base} is a LoRA adapter; name the pipeline that it was trained on first",
@@ -126,6 +118,29 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for spec in args.metrics:
         parse_reward_spec(spec)
     return args
+
+
+def parse_model(entry: str) -> Model:
+    """`NAME=PATH[@SEARCH]`, checked.
+
+    Raises:
+        UserError: naming `--models` and the remedy.
+    """
+    name, separator, source = entry.partition("=")
+    require(bool(name and separator and source), f"--models {entry} must be NAME=PATH")
+    require(name.isidentifier(), f"--models {name}=...: the name becomes a folder; use letters, digits and _")
+    path, at, search = source.partition("@")
+    if at:
+        from sharpening.search import parse as parse_search
+
+        parse_search(search)
+    local = looks_local(path)
+    expanded = str(Path(path).expanduser()) if local else path
+    require(
+        not local or any((Path(expanded) / file).is_file() for file in MARKERS),
+        f"--models {path} holds no {' and no '.join(MARKERS)}; give a pipeline folder, a LoRA folder or a hub id",
+    )
+    return Model(name, expanded, search or None)
 
 
 def main(argv: list[str]) -> int:
@@ -145,13 +160,12 @@ def main(argv: list[str]) -> int:
     specs = list(dict.fromkeys([args.reward_model, *args.metrics]))
     rewards = {spec: load_reward(spec, device, **reward_flags(args)) for spec in specs}
 
-    base = next(iter(args.models.values()))
+    base = args.models[0].path
     folders, costs = {}, {}
-    for name, path in args.models.items():
-        spec = args.searches[name]
+    for name, path, search in args.models:
         drawing = evaluation.Drawing(
-            args.num_inference_steps, args.guidance_scale, args.resolution, args.seed, spec,
-            reward_identity(args) if spec else None, str(evaluation.compute_dtype(device)),
+            args.num_inference_steps, args.guidance_scale, args.resolution, args.seed, search,
+            reward_identity(args) if search else None, str(evaluation.compute_dtype(device)),
         )  # fmt: skip
         folders[name] = evaluation.image_folder(args.output_dir, name, evaluation.identity(path, base), drawing)
 
@@ -221,13 +235,8 @@ def write_files(
     summary = {
         "settings": settings,
         "models": {
-            name: {
-                "path": path,
-                "search": args.searches[name],
-                "images": str(folders[name].resolve()),
-                **costs[name]._asdict(),
-            }
-            for name, path in args.models.items()
+            name: {"path": path, "search": search, "images": str(folders[name].resolve()), **costs[name]._asdict()}
+            for name, path, search in args.models
         },
         "metrics": {spec: {name: c._asdict() for name, c in models.items()} for spec, models in results.items()},
     }
@@ -237,10 +246,9 @@ def write_files(
         for spec, models in results.items()
         for name, c in models.items()
     ]
-    columns = [f"{name}/{spec}" for spec in scores for name in args.models]
+    columns = {f"{name}/{spec}": values for spec, models in scores.items() for name, values in models.items()}
     per_image = [
-        {"prompt": prompt, "seed": args.seed + index}
-        | dict(zip(columns, (scores[spec][name][index] for spec in scores for name in args.models), strict=True))
+        {"prompt": prompt, "seed": args.seed + index, **{column: values[index] for column, values in columns.items()}}
         for index, prompt in enumerate(prompts)
     ]
     for file, records in (("summary.csv", rows), ("scores.csv", per_image)):

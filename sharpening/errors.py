@@ -24,3 +24,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     nearest = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return f" (did you mean {by_lower[nearest[0]]}?)" if nearest else ""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the innermost cause: `datasets` wraps the telling error in others that say little."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shortened(value: object) -> str:
+    """The type of a value that should have been something else, and how it begins."""
+    text = f"{type(value).__name__} {value!r}"
+    return text if len(text) < 60 else f"{text[:60]}..."

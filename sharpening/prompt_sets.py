@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from sharpening import data, shapes
+from sharpening import shapes
 from sharpening.errors import UserError, did_you_mean, first_line
+from sharpening.prompts import load_prompts
 
 COMPBENCH = "https://raw.githubusercontent.com/Karine-Huang/T2I-CompBench/main/examples/dataset/{}.txt"
 COMPBENCH_SPLITS = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
@@ -21,7 +22,7 @@ NAMES = ("shapes", *PUBLISHED)
 
 
 def load_prompt_set(name: str, column: str = "text", cache_dir: str | None = None) -> list[str]:
-    """The distinct prompts of a file (see `data.load_prompts`) or of a set of `NAMES`; shapes: the held-out captions.
+    """The distinct prompts of a file (see `load_prompts`) or of a set of `NAMES`; shapes: the held-out captions.
 
     `column` is that of the prompts in a csv or jsonl file.
 
@@ -36,7 +37,7 @@ def load_prompt_set(name: str, column: str = "text", cache_dir: str | None = Non
                 f"--prompts {name} is neither a file nor a set{did_you_mean(name, NAMES)}; give a text file with a "
                 f"prompt on each line, or one of {', '.join(NAMES)}"
             )
-        loaded = data.load_prompts(
+        loaded = load_prompts(
             prompts_file=name, dataset_name=None, dataset_config_name=None, train_data_dir=None,
             caption_column=column, max_train_samples=None, seed=0, cache_dir=cache_dir,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What whole-script tests share: a random tiny SDXL, an image folder, one cache, and two ways to run a script."""
+"""What tests share: a random and a trained tiny SDXL, images, one cache, and ways to run a script or reuse a run."""
 
 import importlib
 import json
@@ -40,6 +40,31 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl():
+    """The trained tiny SDXL: its VAE, its schedule of 10 steps, its reward, and its unguided model of captions."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from reward import load_reward
+    from sharpening import sdxl
+    from sharpening.trajectory import Schedule
+
+    source = sdxl.Source("pretrained_model_name_or_path", str(ROOT / "scripts" / "tiny_sdxl"))
+    unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32).eval()
+    vae = source.load(sdxl.AutoencoderKL, "vae", dtype=torch.float32)
+    encoders = sdxl.TextEncoders.load(source, torch.device("cpu"), torch.float32)
+    unconditional = sdxl.unconditional_embedding(source, encoders)
+    schedule = Schedule.from_config(source.read_json("scheduler/scheduler_config.json"), 10)
+
+    def model_of(captions):
+        embeds, pooled = encoders.encode(captions)
+        condition = sdxl.Condition(embeds, pooled, sdxl.default_time_ids(len(captions), 32, embeds.device))
+        return lambda rows: sdxl.branch_model(unet, condition.rows(rows), unconditional, 1.0)
+
+    return SimpleNamespace(vae=vae, schedule=schedule, reward=load_reward("shapes"), model_of=model_of)
+
+
+@pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
     """A random open_clip model: its state dict on disk, the model itself and its own preprocessing."""
     folder = tmp_path_factory.mktemp("clip")
@@ -65,6 +90,14 @@ def tiny_blip_vqa(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_image_reward(tmp_path_factory):
     return tiny_rewards.write_image_reward(tmp_path_factory.mktemp("image_reward"))
+
+
+@pytest.fixture
+def no_progress_bars(monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture
@@ -135,6 +168,34 @@ def train(method):
     yield run
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def no_result(monkeypatch):
+    """Leave out the pipeline and the curve at the end of a run, a third of a tiny run's time."""
+    monkeypatch.setattr("sharpening.publishing.save_result", lambda *args: "nothing")
+    monkeypatch.setattr("sharpening.tracking.plot_rewards", lambda *args: None)
+
+
+@pytest.fixture(scope="session")
+def finished_runs():
+    return {}
+
+
+@pytest.fixture
+def trained_once(method, train, flags, finished_runs, request, tmp_path_factory):
+    """The folder of a run that the first test to ask for it makes; for reading only."""
+
+    def run(**changes):
+        command = flags(**changes, output_dir=None)
+        key = (method, "no_result" in request.fixturenames, *command)
+        if key not in finished_runs:
+            folder = tmp_path_factory.mktemp("trained_once")
+            assert train([*command, f"--output_dir={folder}"]) == 0
+            finished_runs[key] = folder
+        return finished_runs[key]
+
+    return run
 
 
 @pytest.fixture

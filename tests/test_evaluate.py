@@ -4,11 +4,15 @@ import csv
 import json
 import math
 import re
+import runpy
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
@@ -34,7 +38,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def evaluate(folder, tmp_path):
     def run(*models, output="out", prompts=folder / "prompts.txt", **options):
-        flags = {"num_images": 5, "num_inference_steps": 2, "guidance_scale": 1, "batch_size": 2}
+        flags = {"num_images": 5, "num_inference_steps": 2, "guidance_scale": 1, "batch_size": 2, "grid_images": 1}
         flags |= {"reward_model": "shapes", "output_dir": tmp_path / output, "prompts": prompts, **options}
         command = ["--models", *(f"{name}={path}" for name, path in models)]
         for name, value in flags.items():
@@ -57,7 +61,7 @@ def test_a_model_does_not_differ_from_itself(evaluate, folder):
 
 
 def test_summary_scores_and_table_agree(evaluate, folder, tmp_path, capsys):
-    summary = evaluate(*both(folder), metrics=["jpeg_compressibility"])
+    summary = evaluate(*both(folder), metrics=["jpeg_compressibility"], grid_images=18)
     with (tmp_path / "out" / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["prompt"] for row in rows] == [PROMPTS[0], PROMPTS[1]] * 2 + PROMPTS[:1]
@@ -171,19 +175,17 @@ def test_guidance_below_one_is_none_for_search_as_for_the_pipeline(guidance, eva
     assert summary["metrics"]["shapes"]["one"]["gain"] == pytest.approx(0, abs=1e-4)
 
 
-def test_reward_that_fails_is_one_sentence_and_keeps_the_images(folder, tmp_path):
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
+def test_reward_that_fails_is_one_sentence_and_keeps_the_images(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.py").write_text("def mine(images, prompts):\n    return images.mean((1, 2, 3)) / 0 * 0\n")
     flags = [f"--models=a={folder}/model0", f"--prompts={folder}/prompts.txt", f"--output_dir={tmp_path}/out"]
     flags += [f"--reward_model={tmp_path}/mine.py:mine", "--num_images=2", "--num_inference_steps=1"]
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *flags]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "the reward" in result.stderr and "--reward_failure=skip" in result.stderr
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "the reward" in error and "--reward_failure=skip" in error
     assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 2
 
 
@@ -296,6 +298,7 @@ def test_images_without_a_score_in_either_are_left_out():
     assert nothing.images == 0 and math.isnan(nothing.mean) and math.isnan(nothing.win_low)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("probability", "ties"), [(0.5, 0.0), (0.7, 0.0), (0.6, 0.3)])
 def test_interval_covers_the_true_win_rate_at_its_nominal_rate(probability, ties):
     """300 synthetic evaluations of 150 images each; the standard error of the coverage is 0.013."""
@@ -374,6 +377,14 @@ def test_bad_input_names_the_flag(case, folder, tmp_path):
         main(["--output_dir", str(tmp_path), "--prompts=shapes", "--reward_model=shapes", *flags])
     assert re.search(said, str(caught.value)) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_script_runs_as_a_plain_file_from_anywhere(tmp_path):
+    flags = ["--models=base", "--prompts=shapes", "--reward_model=shapes", "--output_dir=out"]
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *flags]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "error: --models base must be NAME=PATH\n"
 
 
 def test_adapter_cannot_be_the_base(folder, tmp_path):

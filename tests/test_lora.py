@@ -68,6 +68,7 @@ def test_only_the_adapter_trains_and_only_it_is_optimized_and_kept(train, flags,
     assert (outputs(pipeline.unet) - outputs(trained[0].eval())).abs().max() > 0
 
 
+@pytest.mark.slow
 def test_three_plus_three_steps_equal_six_bit_for_bit(train, flags, tmp_path):
     options = {**LORA, "max_train_steps": 6, "checkpointing_steps": 3, "use_ema": True, "lr_scheduler": "cosine"}
     assert train(flags(**options, output_dir=tmp_path / "whole")) == 0
@@ -81,6 +82,7 @@ def test_three_plus_three_steps_equal_six_bit_for_bit(train, flags, tmp_path):
     assert [line["loss"] for line in metrics(tmp_path / "whole")[3:]] == [line["loss"] for line in metrics(resumed)]
 
 
+@pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize(
     ("first", "then", "said"),
     [
@@ -91,9 +93,12 @@ def test_three_plus_three_steps_equal_six_bit_for_bit(train, flags, tmp_path):
     ],
     ids=["without", "with", "another rank", "with EMA"],
 )
-def test_resuming_with_another_kind_of_weights_is_refused(first, then, said, train, flags, capsys):
+def test_resuming_with_another_kind_of_weights_is_refused(
+    first, then, said, train, flags, trained_once, tmp_path, capsys
+):
     common = {"max_train_steps": 1, "infer_steps": 5}
-    assert train(flags(**{**common, **first}, checkpointing_steps=1)) == 0
+    checkpoint = trained_once(**{**common, **first}, checkpointing_steps=1) / "checkpoint-1"
+    shutil.copytree(checkpoint, tmp_path / "run" / checkpoint.name)
     assert train(flags(**{**common, **then, "max_train_steps": 2}, resume_from_checkpoint="latest")) == 2
     import re
 
@@ -111,6 +116,7 @@ def test_dry_run_counts_the_memory_of_the_adapter_alone(train, flags, capsys, me
     assert ("reference" in plan["memory held"]) == (method == "RLHF")
 
 
+@pytest.mark.usefixtures("no_result")
 def test_base_is_held_in_the_compute_dtype_and_the_adapter_in_float32(train, flags, trained):
     assert train(flags(**LORA, mixed_precision="bf16")) == 0
     kinds = {("lora_" in name, parameter.dtype) for name, parameter in trained[0].named_parameters()}

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sharpening import data
 from sharpening.draws import DrawSampler
+from sharpening.encoding_cache import cache_embeddings, collate
 from sharpening.errors import UserError
+from sharpening.prompts import load_prompts
 
 PROMPTS = ["a cat", 'a "quoted", comma', "ein Bär, ünïcode 🐻"]
 
@@ -21,7 +22,7 @@ def load(**changes):
         "prompts_file": None, "dataset_name": None, "dataset_config_name": None, "train_data_dir": None,
         "caption_column": "text", "max_train_samples": None, "seed": 0, "cache_dir": None,
     }  # fmt: skip
-    loaded = data.load_prompts(**options | changes)
+    loaded = load_prompts(**options | changes)
     return list(loaded.dataset["prompt"]), loaded.description
 
 
@@ -107,15 +108,15 @@ def test_cache_is_made_once_and_read_back_by_row_and_draw(tmp_path):
         "dtype": torch.float32,
     }  # fmt: skip
     dataset = datasets.Dataset.from_dict({"prompt": PROMPTS})
-    cached = data.cache_embeddings(dataset, **options)
-    again = data.cache_embeddings(dataset, **options)
+    cached = cache_embeddings(dataset, **options)
+    again = cache_embeddings(dataset, **options)
     assert encoded == PROMPTS and len(cached) == len(again) == 3
     sampler = DrawSampler(3, 3, 0, 1, 1, 0, 0, 1)
-    (batch,) = DataLoader(again, batch_sampler=sampler, collate_fn=data.collate)
+    (batch,) = DataLoader(again, batch_sampler=sampler, collate_fn=collate)
     assert sorted(batch["caption"]) == sorted(PROMPTS)
     assert batch["prompt_embeds"][:, 0, 0].tolist() == [len(caption) for caption in batch["caption"]]
     assert set(batch) == {"caption", "draw", "prompt_embeds", "pooled_prompt_embeds"}  # no latents, no time ids
-    data.cache_embeddings(dataset, **{**options, "key": {"text": "another model"}})
+    cache_embeddings(dataset, **{**options, "key": {"text": "another model"}})
     assert len(encoded) == 6
 
 

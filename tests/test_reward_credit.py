@@ -6,32 +6,20 @@ branch finds the better latent where little noise was added, and hardly better t
 
 import pytest
 import torch
-from conftest import ROOT
-from diffusers import UNet2DConditionModel
 
-from reward import load_reward
 from sharpening import sdxl, shapes
-from sharpening.trajectory import Schedule, generate, score_branches, score_samples
+from sharpening.trajectory import generate, score_branches, score_samples
 
 
 @pytest.mark.slow
-def test_estimates_along_a_branch_tell_the_better_latent_at_low_noise_only():
-    source = sdxl.Source("pretrained_model_name_or_path", str(ROOT / "scripts" / "tiny_sdxl"))
-    unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32).eval()
-    vae = source.load(sdxl.AutoencoderKL, "vae", dtype=torch.float32)
-    encoders = sdxl.TextEncoders.load(source, torch.device("cpu"), torch.float32)
-    unconditional = sdxl.unconditional_embedding(source, encoders)
-    schedule = Schedule.from_config(source.read_json("scheduler/scheduler_config.json"), 10)
-    reward, generator = load_reward("shapes"), torch.Generator().manual_seed(0)
+def test_estimates_along_a_branch_tell_the_better_latent_at_low_noise_only(tiny_sdxl):
+    schedule, generator = tiny_sdxl.schedule, torch.Generator().manual_seed(0)
     prompts = [caption for caption in shapes.training_captions() * 2 for _ in range(2)]  # two latents for each
-    embeds, pooled = encoders.encode(prompts)
-    condition = sdxl.Condition(embeds, pooled, sdxl.default_time_ids(len(prompts), 32, embeds.device))
-
-    def model_of(rows):
-        return sdxl.branch_model(unet, condition.rows(rows), unconditional, 1.0)
+    model_of = tiny_sdxl.model_of(prompts)
 
     def judge(latents, rows):
-        return reward.score(sdxl.decode_latents(vae, latents, 96), [prompts[row] for row in rows])
+        images = sdxl.decode_latents(tiny_sdxl.vae, latents, 96)
+        return tiny_sdxl.reward.score(images, [prompts[row] for row in rows])
 
     every = torch.arange(len(prompts))
     with torch.no_grad():

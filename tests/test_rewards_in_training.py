@@ -39,6 +39,7 @@ def options(tiny_clip, aesthetic_head, tiny_pickscore, tiny_image_reward, tiny_b
 PARTS = {"compositional": ["attribute", "spatial"], "mllm": load_template("five_aspects").aspects}
 
 
+@pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_training_with(name, options, train, flags, tmp_path):
     assert train(flags(**SMALL, **options[name])) == 0
@@ -51,6 +52,7 @@ def test_training_with(name, options, train, flags, tmp_path):
             assert f"reward/component/{name}/{part}" in line
 
 
+@pytest.mark.usefixtures("no_result")
 def test_training_with_a_weighted_sum_of_four(options, train, flags, tmp_path):
     names = ["clip", "image_reward", "mllm", "shapes"]
     changes = {flag: value for name in names for flag, value in options[name].items()}
@@ -62,6 +64,7 @@ def test_training_with_a_weighted_sum_of_four(options, train, flags, tmp_path):
         assert line["reward/mean"] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.usefixtures("no_result")
 def test_grades_decide_which_branch_is_trained_on(options, train, flags, tmp_path, server, monkeypatch):
     """The grader prefers whichever image it sees second; with one step per branch that is the second branch."""
     chosen = []
@@ -83,6 +86,7 @@ def every_caption():
     return [*training_captions(), *HELD_OUT]
 
 
+@pytest.mark.usefixtures("no_result")
 def test_skipped_branches_are_counted_and_the_others_train(options, train, flags, tmp_path, server):
     refusal = Action(None, refusal="no")
     server.plan = {caption: [refusal, Action(grades(6))] for caption in every_caption()}
@@ -116,6 +120,7 @@ def test_failure_stops_the_run_unless_told_to_skip(options, train, flags, tmp_pa
     assert (tmp_path / "run" / "checkpoint-0").is_dir()
 
 
+@pytest.mark.usefixtures("no_result")
 def test_cap_on_calls_stops_the_run_after_a_checkpoint_and_resuming_pays_only_for_the_rest(
     options, train, flags, tmp_path, server, capsys
 ):

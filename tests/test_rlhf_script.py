@@ -92,6 +92,7 @@ def adapter_is_off(unet):
 LATE = {"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep_bias_multiplier": 1e12}
 
 
+@pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -123,7 +124,7 @@ def test_prompts_file_is_all_the_data_a_run_needs(train, flags, tmp_path, capsys
         raise AssertionError("an image was read or encoded")
 
     monkeypatch.setattr(sdxl, "encode_images", refuse)
-    monkeypatch.setattr("sharpening.data._read_image", refuse)
+    monkeypatch.setattr("sharpening.encoding_cache.read_image", refuse)
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join([CAPTIONS[0], "", CAPTIONS[1], CAPTIONS[0], "   "]) + "\n")
     assert train(flags(train_data_dir=None, prompts_file=path, **QUICK)) == 0
@@ -142,6 +143,7 @@ def test_caption_column_of_an_image_folder_is_read_without_its_images(train, fla
     assert train(flags(train_data_dir=folder, **QUICK)) == 0
 
 
+@pytest.mark.usefixtures("no_result")
 def test_one_latent_serves_all_branches_or_each_has_its_own(train, flags, tmp_path, monkeypatch):
     seen = []
     add_noise = Schedule.add_noise
@@ -174,6 +176,7 @@ def test_one_latent_serves_all_branches_or_each_has_its_own(train, flags, tmp_pa
     }
 
 
+@pytest.mark.usefixtures("no_result")
 def test_generation_equals_the_pipeline_of_the_current_model(train, flags, world, prompts, monkeypatch):
     """The first generated latents against stock diffusers from the same noise, guidance included."""
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
@@ -195,7 +198,11 @@ def test_generation_equals_the_pipeline_of_the_current_model(train, flags, world
         assert min(float((ours - theirs).abs().max()) for theirs in candidates) < 1e-3 * float(ours.abs().max())
 
 
-@pytest.mark.parametrize("extra", [{}, SAMPLES, {"use_lora": True}], ids=["trajectory", "sample", "LoRA"])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, pytest.param(SAMPLES, marks=pytest.mark.slow), pytest.param({"use_lora": True}, marks=pytest.mark.slow)],
+    ids=["trajectory", "sample", "LoRA"],
+)
 def test_resume_amid_a_reused_generation_is_exact(extra, train, flags, tmp_path):
     """Step 4 of 6 uses latents that the weights of step 3 made: a checkpoint after step 3 must hold them."""
     options = {
@@ -220,13 +227,15 @@ def test_resume_amid_a_reused_generation_is_exact(extra, train, flags, tmp_path)
         assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
 
 
+@pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize(
     "changes", [{"generation_reuse": 4}, {"train_batch_size": 4}, {"max_train_samples": 5}, {"num_noisy_latents": 3}],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
-def test_latents_of_a_checkpoint_serve_no_other_prompts(changes, train, flags, tmp_path, monkeypatch):
+def test_latents_of_a_checkpoint_serve_no_other_prompts(changes, train, flags, trained_once, tmp_path, monkeypatch):
     options = {**QUICK, "generation_reuse": 2, "latents_per_prompt": "n", "checkpointing_steps": 3}
-    assert train(flags(**options, max_train_steps=3)) == 0
+    checkpoint = trained_once(**options, max_train_steps=3) / "checkpoint-3"
+    shutil.copytree(checkpoint, tmp_path / "run" / checkpoint.name)
     generations = []
     from sharpening import trajectory
 
@@ -237,6 +246,7 @@ def test_latents_of_a_checkpoint_serve_no_other_prompts(changes, train, flags, t
     assert generations
 
 
+@pytest.mark.usefixtures("no_result")
 def test_pairs_of_the_reference_are_a_fixed_data_set(train, flags, prompts, monkeypatch):
     """Whatever the model has become, a prompt has the latents that the base made of it, set by set, each made once."""
     from sharpening import trajectory
@@ -271,6 +281,7 @@ def test_resume_finds_the_same_pairs_of_the_reference(train, flags, tmp_path):
     assert same_tensors(tmp_path / "whole" / WEIGHTS, tmp_path / "resumed" / WEIGHTS)
 
 
+@pytest.mark.usefixtures("no_result")
 def test_reused_generation_meets_new_noise_and_timesteps(train, flags, tmp_path, monkeypatch):
     drawn = []
 
@@ -289,6 +300,7 @@ def test_reused_generation_meets_new_noise_and_timesteps(train, flags, tmp_path,
     assert not torch.equal(first.eps, second.eps) and not torch.equal(first.t, second.t)
 
 
+@pytest.mark.usefixtures("no_result")
 def test_reference_stays_the_base_model(train, flags, world, tmp_path, monkeypatch):
     """Also after a resume: the checkpoint's weights are the model's, not the reference's."""
     references = []
@@ -305,6 +317,7 @@ def test_reference_stays_the_base_model(train, flags, world, tmp_path, monkeypat
     assert first["preference/kl"] < 1e-9 < second["preference/kl"]
 
 
+@pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_at_the_reference_nothing_is_preferred_yet(precision, lora, train, flags, tmp_path):
@@ -329,11 +342,11 @@ def test_at_the_reference_nothing_is_preferred_yet(precision, lora, train, flags
     ],
     ids=lambda changes: ",".join(changes),
 )  # fmt: skip
-def test_flag_changes_what_is_learned(changes, train, flags, tmp_path):
-    options = {"max_train_steps": 2, "learning_rate": 1e-3, "max_grad_norm": 1e9, "infer_steps": 5}
-    assert train(flags(**options, output_dir=tmp_path / "plain")) == 0
-    assert train(flags(**options, **changes, output_dir=tmp_path / "changed")) == 0
-    plain, changed = (load_file(tmp_path / run / WEIGHTS) for run in ("plain", "changed"))
+def test_flag_changes_what_is_learned(changes, train, flags, trained_once, tmp_path):
+    options = {"max_train_steps": 2, "learning_rate": 1e-3, "max_grad_norm": 1e9}
+    options |= {"infer_steps": 3, "trajectory_nums": 2}
+    assert train(flags(**options, **changes)) == 0
+    plain, changed = (load_file(run / WEIGHTS) for run in (trained_once(**options), tmp_path / "run"))
     moved = max(float((plain[name] - changed[name]).abs().max()) for name in plain)
     assert moved > 1e-4
 
@@ -346,6 +359,7 @@ def test_margin_outside_teaches_what_no_margin_teaches(train, flags, tmp_path):
     assert same_tensors(tmp_path / "outside" / WEIGHTS, tmp_path / "none" / WEIGHTS)
 
 
+@pytest.mark.usefixtures("no_result")
 def test_prompt_without_two_scores_carries_no_gradient(train, flags, prompts, tmp_path):
     """One prompt's images never have a score, the other's always; the pair of the latter alone counts."""
     code = (

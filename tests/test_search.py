@@ -5,10 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 
-from reward import load_reward
 from sharpening import sdxl, search, shapes
 from sharpening.trajectory import Schedule, classifier_free_guidance, ddim_step
 
@@ -181,27 +179,17 @@ def test_smc_resamples_only_when_the_weights_are_uneven(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    """The trained tiny SDXL with the shapes reward, unguided, as a function of the number of prompts."""
-    source = sdxl.Source("pretrained_model_name_or_path", str(ROOT / "scripts" / "tiny_sdxl"))
-    unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32).eval()
-    vae = source.load(sdxl.AutoencoderKL, "vae", dtype=torch.float32)
-    encoders = sdxl.TextEncoders.load(source, torch.device("cpu"), torch.float32)
-    unconditional = sdxl.unconditional_embedding(source, encoders)
-    schedule, reward = (
-        Schedule.from_config(source.read_json("scheduler/scheduler_config.json"), 10),
-        load_reward("shapes"),
-    )
+def tiny(tiny_sdxl):
+    """The trained tiny SDXL with the shapes reward: a problem to search, its judge, and its number of prompts."""
     captions = shapes.held_out_captions() * 4
-    embeds, pooled = encoders.encode(captions)
-    condition = sdxl.Condition(embeds, pooled, sdxl.default_time_ids(len(captions), 32, embeds.device))
+    model = tiny_sdxl.model_of(captions)
 
     def judge(latents, rows):
-        return reward.get_reward(sdxl.decode_latents(vae, latents, 128), [captions[row] for row in rows])
+        images = sdxl.decode_latents(tiny_sdxl.vae, latents, 128)
+        return tiny_sdxl.reward.get_reward(images, [captions[row] for row in rows])
 
     def problem():
-        model = lambda rows: sdxl.branch_model(unet, condition.rows(rows), unconditional, 1.0)  # noqa: E731
-        return search.Problem(model, judge, schedule, (4, 8, 8), range(len(captions)))
+        return search.Problem(model, judge, tiny_sdxl.schedule, (4, 8, 8), range(len(captions)))
 
     return problem, judge, len(captions)
 

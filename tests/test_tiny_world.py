@@ -296,6 +296,7 @@ def test_standardising_latents_keeps_every_reconstruction(random_folder):
     np.testing.assert_allclose(latents.std(), 1.0, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_training_for_a_few_steps_gives_the_same_pipeline_twice(tmp_path):
     """The user's door, cut to a handful of steps: it trains, saves whole folders, and repeats itself exactly."""
     data = tmp_path / "data"

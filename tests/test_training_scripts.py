@@ -57,6 +57,7 @@ def values(line):
 def test_three_plus_three_steps_equal_six_bit_for_bit(train, flags, tmp_path):
     options = {"max_train_steps": 6, "checkpointing_steps": 3, "use_ema": True, "lr_scheduler": "cosine"}
     options |= {"lr_warmup_steps": 2, "gradient_accumulation_steps": 2, "seed": None, "dataloader_num_workers": 0}
+    options["trajectory_nums"] = 2
     assert train(flags(**options, output_dir=tmp_path / "whole")) == 0
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", resumed / "checkpoint-3")
@@ -76,6 +77,7 @@ def test_three_plus_three_steps_equal_six_bit_for_bit(train, flags, tmp_path):
     assert first["args"]["seed"] == second["args"]["seed"] is not None
 
 
+@pytest.mark.usefixtures("no_result")
 def test_incomplete_checkpoints_are_passed_over_with_a_warning(train, flags, tmp_path, caplog):
     (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
     assert train(flags(checkpointing_steps=2, resume_from_checkpoint="latest")) == 0
@@ -83,6 +85,7 @@ def test_incomplete_checkpoints_are_passed_over_with_a_warning(train, flags, tmp
     assert (tmp_path / "run" / "checkpoint-2" / "state.json").exists()
 
 
+@pytest.mark.usefixtures("no_result")
 def test_resuming_with_other_settings_is_pointed_out(train, flags, caplog):
     assert train(flags(checkpointing_steps=2)) == 0
     assert train(flags(resume_from_checkpoint="latest", max_train_steps=3, train_batch_size=4)) == 0
@@ -90,6 +93,7 @@ def test_resuming_with_other_settings_is_pointed_out(train, flags, caplog):
     assert len(warnings) == 1 and "--train_batch_size was 2 and is now 4" in warnings[0]
 
 
+@pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -98,9 +102,10 @@ def test_resuming_with_other_settings_is_pointed_out(train, flags, caplog):
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
-def test_any_flag_that_changes_the_computation_is_pointed_out(changes, train, flags, caplog):
+def test_any_flag_that_changes_the_computation_is_pointed_out(changes, train, flags, trained_once, tmp_path, caplog):
     common = {"max_train_steps": 1, "infer_steps": 3}
-    assert train(flags(**common, checkpointing_steps=1)) == 0
+    checkpoint = trained_once(**common, checkpointing_steps=1) / "checkpoint-1"
+    shutil.copytree(checkpoint, tmp_path / "run" / checkpoint.name)
     harmless = {"score_batch_size": 3, "checkpointing_steps": 7, "max_train_steps": 2, "dataloader_num_workers": 0}
     assert train(flags(**{**common, **harmless, **changes}, resume_from_checkpoint="latest")) == 0
     warnings = [record.message for record in caplog.records if "never interrupted" in record.message]
@@ -108,8 +113,10 @@ def test_any_flag_that_changes_the_computation_is_pointed_out(changes, train, fl
     assert all(any(f"--{name} was" in warning for warning in warnings) for name in changes)
 
 
+@pytest.mark.usefixtures("no_result")
 def test_only_the_newest_checkpoints_are_kept(train, flags, tmp_path):
-    assert train(flags(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)) == 0
+    options = {"max_train_steps": 5, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "trajectory_nums": 1}
+    assert train(flags(**options)) == 0
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-5"]
 
 
@@ -130,7 +137,30 @@ def gradients(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("extra", [{}, {"preset": "released", "gradient_checkpointing": True}])
+@pytest.fixture(scope="module")
+def known_gradients():
+    return {}
+
+
+@pytest.fixture
+def first_gradient(method, train, flags, tmp_path, gradients, known_gradients):
+    """The gradient of the first step under some flags, from one run for all tests that ask for it."""
+
+    def of(**changes):
+        key = (method, repr(changes))
+        if key not in known_gradients:
+            gradients.clear()
+            assert train(flags(**changes, max_train_steps=1, output_dir=tmp_path / str(len(known_gradients)))) == 0
+            known_gradients[key] = gradients[0]
+        return known_gradients[key]
+
+    return of
+
+
+@pytest.mark.usefixtures("no_result")
+@pytest.mark.parametrize(
+    "extra", [{}, pytest.param({"preset": "released", "gradient_checkpointing": True}, marks=pytest.mark.slow)]
+)
 def test_eight_accumulated_batches_of_one_equal_one_batch_of_eight(method, train, flags, tmp_path, gradients, extra):
     common = {"max_train_steps": 1, "proportion_empty_prompts": 0.3, "noise_offset": 0.1, **extra}
     whole, parts = tmp_path / "8x1", tmp_path / "1x8"
@@ -143,6 +173,7 @@ def test_eight_accumulated_batches_of_one_equal_one_batch_of_eight(method, train
         assert left[name] == pytest.approx(right[name], rel=10 * ROUNDING[method], abs=ROUNDING[method] / 10), name
 
 
+@pytest.mark.usefixtures("no_result")
 @only_sft
 def test_one_branch_of_one_step_trains_as_plain_diffusers_does(method, train, flags, world, gradients):
     """The script's first gradient at n = m = 1 against a training step written with diffusers alone."""
@@ -179,6 +210,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize("kind", FAILURES)
 def test_failing_reward_stops_with_its_name_step_and_prompts_after_a_checkpoint(kind, train, flags, tmp_path, capsys):
     body, said = FAILURES[kind]
@@ -187,7 +219,8 @@ def test_failing_reward_stops_with_its_name_step_and_prompts_after_a_checkpoint(
         "import pathlib\nimport torch\n\n\ndef picky(images, prompts):\n"
         f"    if pathlib.Path({str(switch)!r}).exists():\n        {body}\n    return images.mean((1, 2, 3))\n"
     )
-    options = {"reward_model": f"{tmp_path}/mine.py:picky", "max_train_steps": 4, "checkpointing_steps": 2}
+    options = {"reward_model": f"{tmp_path}/mine.py:picky", "max_train_steps": 2, "checkpointing_steps": 1}
+    options["trajectory_nums"] = 1
     switch.touch()
     assert train(flags(**options)) == 1
     error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
@@ -195,7 +228,7 @@ def test_failing_reward_stops_with_its_name_step_and_prompts_after_a_checkpoint(
     assert (tmp_path / "run" / "checkpoint-0" / "state.json").exists()
     switch.unlink()
     assert train(flags(**options, resume_from_checkpoint="latest")) == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
 
 
 def test_gradient_that_is_not_finite_never_reaches_the_weights(train, flags, tmp_path, capsys, monkeypatch):
@@ -242,6 +275,7 @@ def test_every_promised_curve_is_in_metrics_and_tensorboard(method, train, flags
     assert (tmp_path / "run" / "reward_curve.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("no_result")
 def test_best_and_worst_branches_are_shown(train, flags, tmp_path):
     assert train(flags(branch_image_steps=2, report_to="tensorboard")) == 0
     shown = sorted(path.name for path in (tmp_path / "run" / "images").iterdir())
@@ -251,15 +285,16 @@ def test_best_and_worst_branches_are_shown(train, flags, tmp_path):
 def test_validation_leaves_the_training_weights_alone(train, flags, tmp_path):
     """With EMA, validation by steps and by epochs at once; the run is the same without any validation."""
     prompt = {"validation_prompt": "a red circle on a white background", "num_validation_images": 2}
-    options = {"use_ema": True, "max_train_steps": 7, "checkpointing_steps": 7}
+    options = {"use_ema": True, "max_train_steps": 5, "checkpointing_steps": 5}
+    options |= {"train_batch_size": 4, "infer_steps": 5, "trajectory_nums": 1}
     assert train(flags(**options, output_dir=tmp_path / "without")) == 0
-    with_validation = {**options, **prompt, "validation_steps": 4, "validation_epochs": 1}  # 6 steps an epoch
+    with_validation = {**options, **prompt, "validation_steps": 2, "validation_epochs": 1}  # 3 steps an epoch
     assert train(flags(**with_validation, output_dir=tmp_path / "with")) == 0
-    assert same_files(tmp_path / "without" / "checkpoint-7", tmp_path / "with" / "checkpoint-7", STATE) == []
+    assert same_files(tmp_path / "without" / "checkpoint-5", tmp_path / "with" / "checkpoint-5", STATE) == []
     validated = [line["step"] for line in metrics(tmp_path / "with") if "validation/reward" in line]
-    assert validated == [4, 6]
-    weights = load_file(tmp_path / "with" / "checkpoint-7" / STATE[0])
-    average = load_file(tmp_path / "with" / "checkpoint-7" / STATE[1])
+    assert validated == [2, 3, 4]
+    weights = load_file(tmp_path / "with" / "checkpoint-5" / STATE[0])
+    average = load_file(tmp_path / "with" / "checkpoint-5" / STATE[1])
     saved = load_file(tmp_path / "with" / STATE[0])
     assert all(torch.equal(saved[name], average[name]) for name in saved)
     assert any(not torch.equal(saved[name], weights[name]) for name in saved)
@@ -294,6 +329,7 @@ def test_failed_push_leaves_the_pipeline_complete(train, flags, tmp_path, capsys
     assert StableDiffusionXLPipeline.from_pretrained(tmp_path / "run").unet is not None
 
 
+@pytest.mark.usefixtures("no_result")
 def test_dropped_prompts_train_without_and_are_judged_with_their_caption(train, flags, tmp_path, monkeypatch):
     asked, seen = [], []
     (tmp_path / "mine.py").write_text("def listen(images, prompts):\n    return images.mean((1, 2, 3))\n")
@@ -324,6 +360,7 @@ def test_dropped_prompts_train_without_and_are_judged_with_their_caption(train, 
     assert all("background" in prompt for prompt in asked)
 
 
+@pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -338,13 +375,12 @@ def test_dropped_prompts_train_without_and_are_judged_with_their_caption(train, 
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_flag_changes_the_gradient(changes, train, flags, tmp_path, gradients):
-    common = {"max_train_steps": 1, "train_batch_size": 6}
-    assert train(flags(**common, output_dir=tmp_path / "plain")) == 0
-    assert train(flags(**common, **changes, output_dir=tmp_path / "changed")) == 0
-    assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
+def test_flag_changes_the_gradient(changes, first_gradient):
+    plain, changed = first_gradient(train_batch_size=6), first_gradient(train_batch_size=6, **changes)
+    assert (plain - changed).norm() > 1e-3 * plain.norm()
 
 
+@pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -355,10 +391,9 @@ def test_flag_changes_the_gradient(changes, train, flags, tmp_path, gradients):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_flag_changes_cost_and_not_the_gradient(changes, method, train, flags, tmp_path, gradients):
-    assert train(flags(max_train_steps=1, output_dir=tmp_path / "plain")) == 0
-    assert train(flags(max_train_steps=1, **changes, output_dir=tmp_path / "changed")) == 0
-    assert (gradients[0] - gradients[1]).norm() < 10 * ROUNDING[method] * gradients[0].norm()
+def test_flag_changes_cost_and_not_the_gradient(changes, method, first_gradient):
+    plain, changed = first_gradient(), first_gradient(**changes)
+    assert (plain - changed).norm() < 10 * ROUNDING[method] * plain.norm()
 
 
 @pytest.mark.parametrize(
@@ -373,14 +408,15 @@ def test_flag_trains(changes, train, flags, tmp_path):
         assert metrics(tmp_path / "run")[0]["lr"] == pytest.approx(2e-4)
 
 
+@pytest.mark.usefixtures("no_result")
 def test_another_decoder_scores(train, flags, world, tmp_path):
     from diffusers import AutoencoderTiny
 
     channels = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
     blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
     AutoencoderTiny(**channels, **blocks).save_pretrained(tmp_path / "taesd")
-    assert train(flags(reward_vae=tmp_path / "taesd", output_dir=tmp_path / "tiny")) == 0
-    assert train(flags(output_dir=tmp_path / "own")) == 0
+    assert train(flags(max_train_steps=1, reward_vae=tmp_path / "taesd", output_dir=tmp_path / "tiny")) == 0
+    assert train(flags(max_train_steps=1, output_dir=tmp_path / "own")) == 0
     assert metrics(tmp_path / "tiny")[0]["reward/mean"] != metrics(tmp_path / "own")[0]["reward/mean"]
 
 
@@ -431,6 +467,7 @@ def test_encoders_and_generation_equal_the_diffusers_pipeline(world):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("no_result")
 def test_caches_are_made_once(method, train, flags, world, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     assert train(flags(cache_dir=cache, output_dir=tmp_path / "first")) == 0
@@ -439,7 +476,7 @@ def test_caches_are_made_once(method, train, flags, world, tmp_path, monkeypatch
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(sdxl, "encode_images", refuse)
-    monkeypatch.setattr("sharpening.data._add_captions", refuse)
+    monkeypatch.setattr("sharpening.encoding_cache._add_captions", refuse)
     assert train(flags(cache_dir=cache, output_dir=tmp_path / "second")) == 0
     assert list(map(values, metrics(tmp_path / "first"))) == list(map(values, metrics(tmp_path / "second")))
     kinds = {path.name.split("-")[0] for path in Path(cache, "diffusion_sharpening").glob("*[!k]")}

@@ -1,0 +1,87 @@
+"""The train split that the data flags name: on the hub, in a folder, or in files, whatever their form."""
+
+import glob
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+
+from sharpening.arguments import looks_local
+from sharpening.errors import UserError, reason
+
+FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+
+
+def load_train_split(
+    dataset_name: str | None, dataset_config_name: str | None, train_data_dir: str | None, cache_dir: str | None
+) -> datasets.Dataset:
+    """The training split of whatever the flags name, not empty."""
+    flag, name = ("--train_data_dir", train_data_dir) if train_data_dir else ("--dataset_name", dataset_name)
+    try:
+        if train_data_dir:
+            dataset = _load_image_folder(train_data_dir, cache_dir)
+        else:
+            dataset = _load_named(dataset_name, dataset_config_name, cache_dir)
+    except UserError:
+        raise
+    # What a broken or unreachable data set raises differs by format and by version of `datasets`.
+    except Exception as error:
+        raise UserError(
+            f"{flag} '{name}' cannot be loaded as training data ({reason(error)}); check that it exists, can be read "
+            "and has rows in its train split."
+        ) from error
+    if len(dataset) == 0:
+        raise UserError(f"{flag} '{name}' holds no rows; give a data set whose train split is not empty.")
+    return dataset
+
+
+def _load_image_folder(train_data_dir: str, cache_dir: str | None) -> datasets.Dataset:
+    folder = os.path.expanduser(train_data_dir)
+    if not os.path.isdir(folder):
+        raise UserError(f"--train_data_dir '{train_data_dir}' is not a folder; give an image folder.")
+    # One pattern for everything: a subfolder called "test" is part of the training data here.
+    files = os.path.join(glob.escape(folder), "**")
+    return datasets.load_dataset("imagefolder", data_files={"train": files}, split="train", cache_dir=cache_dir)
+
+
+def _load_named(name: str, config_name: str | None, cache_dir: str | None) -> datasets.Dataset:
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        if any(os.path.isfile(os.path.join(path, marker)) for marker in ("state.json", "dataset_dict.json")):
+            return _saved_train_split(name, path)
+        return datasets.load_dataset(path, config_name, split="train", cache_dir=cache_dir)
+    suffix = Path(path).suffix
+    if not (os.path.isfile(path) or glob.has_magic(path) or suffix in FILE_BUILDERS or looks_local(name)):
+        return datasets.load_dataset(name, config_name, split="train", cache_dir=cache_dir)
+    files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+    if not files:
+        raise UserError(f"--dataset_name '{name}' names no file or folder; correct the path or give a hub id.")
+    if suffix not in FILE_BUILDERS:
+        known = ", ".join(FILE_BUILDERS)
+        raise UserError(f"--dataset_name '{name}' names files of an unknown kind; give a folder or files of {known}.")
+    data_files = {"train": [glob.escape(file) for file in files]}
+    return datasets.load_dataset(FILE_BUILDERS[suffix], data_files=data_files, split="train", cache_dir=cache_dir)
+
+
+def _saved_train_split(name: str, path: str) -> datasets.Dataset:
+    try:
+        saved = datasets.load_from_disk(path)
+    except IndexError as error:  # a saved data set without rows has no table at all
+        raise UserError(f"--dataset_name '{name}' holds no rows; give a data set with rows.") from error
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if "train" not in saved:
+        raise UserError(f"--dataset_name '{name}' has no split 'train', only {', '.join(saved)}; rename one of them.")
+    return saved["train"]
+
+
+def with_columns(dataset: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
+    """Only the columns that the flags (flag -> column) name."""
+    if not set(columns.values()) <= set(dataset.column_names):
+        dataset = dataset.flatten()  # members of a struct become columns: json.caption
+    for flag, column in columns.items():
+        if column not in dataset.column_names:
+            existing = ", ".join(dataset.column_names)
+            raise UserError(f"{flag} '{column}' is not a column of the data set; choose one of: {existing}.")
+    return dataset.select_columns(list(dict.fromkeys(columns.values())))
