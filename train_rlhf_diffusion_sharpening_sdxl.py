@@ -26,7 +26,7 @@ from sharpening.arguments import parse, require, shared_parser, validate_schedul
 from sharpening.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -138,6 +138,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
             "--reward_on=sample --latents_per_prompt=n --guidance_scale=1, and no --generate_with, "
             "--generation_reuse, --branch_guidance_scale or --proportion_empty_prompts",
         )
+        unheeded = {
+            "share_noise_in_pair": args.share_noise_in_pair,
+            "branch_noise=generation": args.branch_noise == "generation",
+            "branch_target=consistent": args.branch_target == "consistent",
+            "snr_gamma": args.snr_gamma is not None,
+            "timestep_bias_strategy": args.timestep_bias_strategy != "none",
+            "backprop_through_sampler": args.backprop_through_sampler,
+        }
+        for flag, on in unheeded.items():
+            require(not on, f"--{flag} says nothing to --train_on=policy, which noises nothing; leave it out")
         require(
             args.trajectory_nums < args.infer_steps,
             f"--trajectory_nums is {args.trajectory_nums}, but --train_on=policy takes its steps from the first "
@@ -251,21 +261,33 @@ def rlhf_losses(
 
 
 def policy_losses(
-    predict: Predict, schedule: Schedule, path: Sequence[Transition], advantage: Tensor
+    model: Callable[[Tensor], tuple[Predict, Guide | None]],
+    schedule: Schedule,
+    path: Sequence[Transition],
+    advantage: Tensor,
+    batch_size: int,
 ) -> Iterator[Tensor]:
     """DDPO's objective `-A log p_theta(x_(t-1) | x_t, c)` (Black et al., arXiv 2305.13301, eq. 4), a mean over R
-    samples and m of their steps: yields m scalars whose sum is the loss up to a constant.
+    samples and m of their steps: yields scalars, for m steps of `batch_size` samples at a time, whose sum is the loss
+    up to a constant.
 
     The samples are of the model itself and serve one update, so the ratio of DDPO's importance sampling is 1 and its
-    clipping idle. path are the m transitions of `sample_path`; advantage (R,).
+    clipping idle. `model(rows)` gives the callables of `walk` for some samples; path are the m transitions of
+    `sample_path`; advantage (R,).
     """
-    from sharpening.trajectory import weighted_errors
+    import torch
 
-    for x, t, x_0, eps, precision in path:
-        weights = advantage * precision / (len(path) * len(x))
-        yield from weighted_errors(
-            predict, schedule, x, t, x_0, eps, weights[:, None], guide=None, detach=True, kind="noise", snr_gamma=None
-        )
+    from sharpening.trajectory import Transition, weighted_errors
+
+    for rows in torch.arange(len(advantage)).split(batch_size):
+        predict, _ = model(rows)
+        for transition in path:
+            x, t, x_0, eps, precision = Transition(*(part[rows] for part in transition))
+            weights = advantage[rows] * precision / (len(path) * len(advantage))
+            yield from weighted_errors(
+                predict, schedule, x, t, x_0, eps, weights[:, None], guide=None, detach=True, kind="noise",
+                snr_gamma=None,
+            )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -309,6 +331,11 @@ def main(args: argparse.Namespace) -> int:
     scheduler_config = source.read_json("scheduler/scheduler_config.json")
     validate_schedule(args, scheduler_config["num_train_timesteps"])
     schedule = Schedule.from_config(scheduler_config, args.infer_steps, args.prediction_type)
+    require(
+        args.train_on != "policy" or bool((schedule.alphas_cumprod[schedule.timesteps] > 0).all()),
+        "--train_on=policy cannot take a step from pure noise, where the scheduler's sampling starts; use a scheduler "
+        "without rescale_betas_zero_snr",
+    )
     prompt_data = load_prompts(
         prompts_file=args.prompts_file,
         dataset_name=args.dataset_name,
@@ -493,8 +520,13 @@ def main(args: argparse.Namespace) -> int:
             # ----------------------------------------------------------------------------------------- COMPARE
             if args.train_on == "policy":
                 path = [Transition(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*paths, strict=True)]
-                predict, _ = sdxl.branch_model(model, condition.rows(torch.arange(len(x_0)) // n), unconditional, 1.0)
-                losses = policy_losses(predict, schedule, path, advantages(selection).flatten().to(device))
+
+                def policy_of(rows: Tensor, condition: sdxl.Condition = condition) -> tuple:
+                    return sdxl.branch_model(model, condition.rows(rows // n), unconditional, 1.0)
+
+                advantage = advantages(selection).flatten().to(device)  # (B * n,)
+                losses = policy_losses(policy_of, schedule, path, advantage, args.score_batch_size)
+                backwards = m * math.ceil(len(advantage) / args.score_batch_size)
             else:
                 with torch.no_grad():
                     if args.reward_on == "trajectory":
@@ -533,18 +565,21 @@ def main(args: argparse.Namespace) -> int:
                     eps[rows],
                     preference.weights.flatten(0, 1),
                 )
+                backwards = m
 
             # ------------------------------------------------------------------------------------------- TRAIN
             unet.train()
-            pending = torch.zeros((), device=device)
-            for k in range(m):
+            total = pending = torch.zeros((), device=device)
+            for k in range(backwards):
                 # Processes exchange gradients once per optimizer step, in its last backward.
-                exchange = micro_batch == accumulation - 1 and k == m - 1
+                exchange = micro_batch == accumulation - 1 and k == backwards - 1
                 with nullcontext() if exchange else accelerator.no_sync(model):
                     pending = pending + next(losses) / accumulation
-                    if k == m - 1 or not args.backprop_through_sampler:
+                    if k == backwards - 1 or not args.backprop_through_sampler:
                         accelerator.backward(pending)
-                        pending = torch.zeros_like(pending)
+                        total, pending = total + pending.detach(), torch.zeros_like(pending)
+            if args.train_on == "policy":
+                means.add("loss", total * accumulation)
             tracking.add_rewards(
                 means, scores, selection, sample.t if args.reward_on == "trajectory" else None, schedule
             )

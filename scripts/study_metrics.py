@@ -1,4 +1,4 @@
-"""Metrics of the study that no model is trained on: the parts of the `shapes` reward, and likeness to drawings."""
+"""Metrics of the study: the three parts of the reward that is trained on, and one that is not, likeness to drawings."""
 
 from __future__ import annotations
 

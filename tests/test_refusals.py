@@ -214,6 +214,10 @@ RLHF_CASES = {
         {"train_on": "policy", "reward_on": "sample", "latents_per_prompt": "n"},
         ["--train_on=policy", "--guidance_scale=1"],
     ),
+    "policy with a flag it does not heed": (
+        {"train_on": "policy", "reward_on": "sample", "latents_per_prompt": "n", "guidance_scale": 1, "snr_gamma": 5},
+        ["--snr_gamma", "--train_on=policy"],
+    ),
     "policy of more steps than there are": (
         {"train_on": "policy", "reward_on": "sample", "latents_per_prompt": "n", "guidance_scale": 1,
          "trajectory_nums": 5, "infer_steps": 5},

@@ -1,5 +1,6 @@
 """What only the RLHF script promises: prompts alone, generation, its cost, the reference, reuse, and its warnings."""
 
+import json
 import logging
 import math
 import shutil
@@ -270,6 +271,72 @@ def test_pairs_of_the_reference_are_a_fixed_data_set(train, flags, prompts, monk
         assert same(of_step[0], of_step[2]) and same(of_step[0], of_step[4]) and same(of_step[1], of_step[3])
         assert not same(of_step[0], of_step[1])
     assert len({latents.sum().item() for latents in made}) == 4
+
+
+def test_policy_gradient_matches_paths_prompts_and_rewards_across_slices(train, flags, tmp_path, monkeypatch):
+    """Slices of 3 generate 8 samples of 2 prompts, slices of 5 train on them: what belongs together stays together."""
+    from sharpening import draws, trajectory
+
+    seen = {}
+
+    def record(module, name):
+        function = getattr(module, name)
+
+        def recorded(*args):
+            seen.setdefault(name, []).append((args, function(*args)))
+            return seen[name][-1][1]
+
+        monkeypatch.setattr(module, name, recorded)
+
+    record(draws, "draw_path"), record(trajectory, "sample_path"), record(trajectory, "score_samples")
+    record(script, "policy_losses")
+    options = {**POLICY, "num_noisy_latents": 4, "trajectory_nums": 2, "infer_steps": 4, "max_train_steps": 1}
+    assert train(flags(**options, generation_batch_size=3, score_batch_size=5)) == 0
+    ((_, (_, kept)),) = seen["draw_path"]
+    (((_, latents, _), scores),) = seen["score_samples"]
+    (((_, schedule, path, advantage, _), _),) = seen["policy_losses"]
+    assert torch.equal(latents, torch.cat([x_0 for _, (x_0, _) in seen["sample_path"]]))
+    for k, transition in enumerate(path):
+        assert torch.equal(transition.t, schedule.timesteps[kept.flatten(0, 1)[:, k]])
+        own = torch.cat([transitions[k].x for _, (_, transitions) in seen["sample_path"]])
+        assert torch.equal(transition.x, own)
+    rewards = scores.rewards.view(2, 4, 1)
+    expected = trajectory.advantages(trajectory.select(rewards, torch.ones_like(rewards, dtype=torch.bool)))
+    assert torch.equal(advantage, expected.flatten()) and advantage.abs().max() > 0.5
+
+
+def test_policy_gradient_of_accumulated_batches_is_that_of_one(train, flags, tmp_path):
+    options = {**POLICY, "num_noisy_latents": 3, "trajectory_nums": 2, "infer_steps": 4, "max_train_steps": 1}
+    options |= {"learning_rate": 1e-3, "max_grad_norm": 1e9}
+    one, four = tmp_path / "one", tmp_path / "four"
+    assert train(flags(**options, train_batch_size=4, output_dir=one)) == 0
+    parts = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "score_batch_size": 2}
+    assert train(flags(**options, **parts, output_dir=four)) == 0
+    (left,), (right,) = metrics(one), metrics(four)
+    assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+    assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_policy_gradient_resumes_exactly_with_lora(train, flags, tmp_path):
+    options = {**POLICY, "num_noisy_latents": 2, "trajectory_nums": 1, "infer_steps": 3, "use_lora": True}
+    options |= {"max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 1e-3}
+    assert train(flags(**options, output_dir=tmp_path / "whole")) == 0
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed = {"output_dir": tmp_path / "resumed", "resume_from_checkpoint": "latest"}
+    assert train(flags(**options, **resumed)) == 0
+    name = "pytorch_lora_weights.safetensors"
+    assert same_tensors(tmp_path / "whole" / name, tmp_path / "resumed" / name)
+
+
+def test_policy_gradient_refuses_to_start_from_pure_noise(train, flags, world, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(world.model, model)
+    config = model / "scheduler" / "scheduler_config.json"
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    assert train(flags(**POLICY, pretrained_model_name_or_path=model, trajectory_nums=1)) == 2
+    assert "rescale_betas_zero_snr" in capsys.readouterr().err
 
 
 def test_resume_finds_the_same_pairs_of_the_reference(train, flags, tmp_path):
