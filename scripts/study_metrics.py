@@ -1,4 +1,4 @@
-"""Metrics of the study: the three parts of the reward that is trained on, and one that is not, likeness to drawings."""
+"""Metrics of the study: the three parts of the reward that is trained on, and likeness to drawings, which is not."""
 
 from __future__ import annotations
 
