@@ -79,7 +79,8 @@ def make_tokenizer(pad_token: str) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
 
 
-def _text_config(tokenizer: CLIPTokenizer, width: int, heads: int, activation: str) -> CLIPTextConfig:
+def text_config(tokenizer: CLIPTokenizer, width: int, heads: int, activation: str) -> CLIPTextConfig:
+    """The config of a text encoder of two layers for a tokenizer of this project."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -124,8 +125,8 @@ def make_pipeline(seed: int = 0, small: bool = True, prediction_type: str = "eps
         torch.manual_seed(seed)
         tokenizer, tokenizer_2 = make_tokenizer("<|endoftext|>"), make_tokenizer("!")
         first, second = widths["text"]
-        text_encoder = CLIPTextModel(_text_config(tokenizer, first, 2, "quick_gelu"))
-        text_encoder_2 = CLIPTextModelWithProjection(_text_config(tokenizer_2, second, 2, "gelu"))
+        text_encoder = CLIPTextModel(text_config(tokenizer, first, 2, "quick_gelu"))
+        text_encoder_2 = CLIPTextModelWithProjection(text_config(tokenizer_2, second, 2, "gelu"))
         _scale_up(text_encoder)
         _scale_up(text_encoder_2)
         time_width = 8  # each of the six time ids becomes this many features

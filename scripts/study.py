@@ -211,15 +211,14 @@ def main(argv: Sequence[str]) -> int:
         seconds = sum(in_parallel(args.jobs, tasks, "train").values())
 
         evaluations = output_dir / "evaluation"
-        judged = {
-            group: ({run.key: (folder / run.key / "model", "") for run in members}, size.images)
-            for group, members in plan.groups().items()
-        }
+        judged: dict[str, tuple[dict, int]] = {}  # group -> (models, images); searches take longest and go first
         rlhf, sft = (folder / plan.table_1[label][0].key / "model" for label in (ON_SAMPLES, ON_IMAGES))
         for group, name, spec, on_rlhf in plan.search_specs():
             models, _ = judged.setdefault(group, ({}, size.search_images))
             models[name] = (rlhf if on_rlhf else MODEL, spec)
         judged["search_best_of_n"][0].update(rlhf=(rlhf, ""), sft=(sft, ""))
+        for group, members in plan.groups().items():
+            judged[group] = ({run.key: (folder / run.key / "model", "") for run in members}, size.images)
         tasks = {
             group: lambda group=group, what=what: evaluate(what[0], evaluations / group, what[1])
             for group, what in judged.items()
