@@ -238,7 +238,8 @@ def main(argv: Sequence[str]) -> int:
 
 def politely(work: Callable[[], int]) -> int:
     """The exit status of some work. An interruption stops what runs and drops what waits; what is done stays."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         return work()
     except UserError as error:
@@ -247,8 +248,6 @@ def politely(work: Callable[[], int]) -> int:
     except Failed as error:
         print(f"error: {error}; the same command goes on with the rest", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ LATE = {"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep
         {**SAMPLES, "generation_reuse": 2, "trajectory_nums": 1},
         {"use_lora": True},
         {**SAMPLES, "train_on": "best"},
-        {**POLICY, "trajectory_nums": 3, "num_noisy_latents": 4},
+        {**POLICY, "trajectory_nums": 3, "num_noisy_latents": 4, "timestep_bias_strategy": "none"},
     ],
     ids=lambda changes: ",".join(changes) or "defaults",
 )
