@@ -224,7 +224,7 @@ class Report:
             axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
         axes[0].set(xlabel="NFE per image", ylabel="reward (what is searched for and trained on)")
-        axes[1].set(xlabel="NFE per image", ylabel="likeness to real drawings (neither searched for nor trained on)")
+        axes[1].set(xlabel="NFE per image", ylabel="likeness to real drawings (not optimised)")
         axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle("Figure 5 in miniature: held-out prompts, against the cost of an image")
         return figure
@@ -258,7 +258,7 @@ class Report:
             seeds = len(next(iter(sweep.runs.values())))
             label = f"{sweep.title}, {seeds} seed{'s' if seeds > 1 else ''}"
             axis.errorbar(list(sweep.runs), mean, error, fmt="o-", markersize=4, label=label)
-            axis.set(xlabel=sweep.flag)
+            axis.set(xlabel=sweep.flag, xticks=self.size.sweep)
         for axis in axes:
             axis.axhline(0, color="0.7", linewidth=0.8)
             axis.grid(alpha=0.3)
