@@ -352,8 +352,10 @@ def main(args: argparse.Namespace) -> int:
     accumulation, reuse = args.gradient_accumulation_steps, args.generation_reuse
     steps_per_epoch = math.ceil(len(prompt_data.dataset) / (batch_size * accumulation * world_size)) * reuse
     num_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    # With LoRA the reference is the UNet without its adapter; a policy gradient knows no reference.
+    frozen_copy = not (args.use_lora or args.train_on == "policy")
     if is_main:
-        cost, frozen_copy = rows_per_step(args), not (args.use_lora or args.train_on == "policy")
+        cost = rows_per_step(args)
         plan = run.describe(
             args, source, accelerator, prompt_data.description, cost, steps_per_epoch, num_steps, frozen_copy
         )
@@ -370,9 +372,7 @@ def main(args: argparse.Namespace) -> int:
     vae = sdxl.load_vae(args, source, device, weight_dtype)
     reward_decoder = sdxl.load_reward_decoder(args, device, weight_dtype) if args.reward_vae else vae
     unet = sdxl.load_unet(args, source, device, weight_dtype)
-    # With LoRA the reference is the UNet without its adapter; a policy gradient knows no reference.
-    no_copy = args.use_lora or args.train_on == "policy"
-    frozen = None if no_copy else sdxl.load_frozen_unet(args, source, device, weight_dtype)
+    frozen = sdxl.load_frozen_unet(args, source, device, weight_dtype) if frozen_copy else None
     parameters = sdxl.trainable_parameters(unet)
     ema = run.make_ema(unet, parameters, args, device) if args.use_ema else None
     optimizer = run.make_optimizer(parameters, args, world_size)
@@ -434,9 +434,10 @@ def main(args: argparse.Namespace) -> int:
             unet.eval()
             # What the current model makes is new at every draw; what the reference makes, one of a prompt's sets.
             as_now = args.generate_with == "current"
-            sets = batch["draw"] // len(cached) % args.reference_sets
-            of_sets = [f"{index}/{prompt}" for index, prompt in zip(sets.tolist(), prompts, strict=True)]
-            keys = batch["draw"].tolist() if as_now else of_sets
+            keys = batch["draw"].tolist()
+            if not as_now:
+                sets = [draw // len(cached) % args.reference_sets for draw in keys]
+                keys = [f"{index}/{prompt}" for index, prompt in zip(sets, prompts, strict=True)]
             noise = draws.draw_noise(args, keys, latents_per_prompt, latent_shape).flatten(0, 1).to(device)
             if len(generated) == micro_batch:
                 generation_started, latents, paths = time.perf_counter(), torch.zeros_like(noise), []

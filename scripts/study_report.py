@@ -61,9 +61,14 @@ class Report:
     def _group_of(self) -> dict[str, str]:
         return {run.key: group for group, runs in self.plan.groups().items() for run in runs}
 
+    @cached_property
+    def _summaries(self) -> dict[str, dict]:
+        files = (self.output_dir / "evaluation").glob("*/summary.json")
+        return {file.parent.name: json.loads(file.read_text()) for file in files}
+
     def summary(self, group: str) -> dict:
         """`summary.json` of an evaluation."""
-        return json.loads((self.output_dir / "evaluation" / group / "summary.json").read_text())
+        return self._summaries[group]
 
     def judged(self, group: str, name: str, metric: str = "shapes") -> dict:
         """The comparison of a model with the base; see `evaluation.Comparison`."""
@@ -84,8 +89,10 @@ class Report:
 
     def curve(self, run: Run, name: str) -> np.ndarray:
         """A curve of `metrics.jsonl`; steps without a value are left out."""
-        lines = (self.output_dir / "runs" / run.key / "model" / "metrics.jsonl").read_text().splitlines()
-        return np.array([line[name] for line in map(json.loads, lines) if name in line])
+        from sharpening.tracking import read_metrics
+
+        lines = read_metrics(self.output_dir / "runs" / run.key / "model" / "metrics.jsonl")
+        return np.array([line[name] for line in lines if name in line])
 
     def tables(self) -> str:
         """`tables.md`."""
