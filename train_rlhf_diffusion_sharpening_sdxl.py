@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sharpening.trajectory import Guide, Predict, Preference, Schedule, Transition
+    from sharpening.trajectory import Guide, Predict, Preference, Schedule, Scores, Transition
 
 PRESETS = {
     "paper": {
@@ -176,8 +176,9 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
 
     With P prompts, n branches of m steps, L latents per prompt of T sampling steps that serve k updates, and 2 rows
     where guidance is used: P L T / k to generate; P n m to score, or 2 P m if samples are judged; 2 P m for the
-    reference, or 2 P on first steps only; 2 P m to train. Branches that end early, below t = 0, cost less. A policy
-    gradient is P L T to generate and P n m to train. A frozen reference stops generating when it has drawn its sets.
+    reference, or 2 P on first steps only; 2 P m to train, or P m on the best alone. Branches that end early, below
+    t = 0, cost less. A policy gradient is P L T to generate and P n m to train. A frozen reference generates and
+    decodes no more when it has drawn its sets.
     """
     prompts = args.train_batch_size * args.gradient_accumulation_steps
     n, m = args.num_noisy_latents, args.trajectory_nums
@@ -190,7 +191,7 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
         "generate": latents * args.infer_steps * (1 if args.guidance_scale == 1 else 2),
         "score": prompts * (n if judge_branches else 2) * m * guided,
         "reference": 2 * prompts * (m if args.reference_steps == "all" else 1),
-        "train": 2 * prompts * m * guided,
+        "train": (2 if args.train_on == "pair" else 1) * prompts * m * guided,
         "decode": prompts * n * m if judge_branches else latents,
     }
 
@@ -313,6 +314,7 @@ def main(args: argparse.Namespace) -> int:
         advantages,
         branch_error,
         generate,
+        join_scores,
         sample_path,
         score_branches,
         score_samples,
@@ -382,6 +384,7 @@ def main(args: argparse.Namespace) -> int:
     model, optimizer = accelerator.prepare(unet, optimizer)
     generated: list[dict] = []  # prompts and latents of each micro-batch, for as many updates as they serve
     of_reference: dict[str, Tensor] = {}  # what the reference made, by prompt and set
+    reference_scores: dict[str, Scores] = {}  # and what it earned, if samples are judged
     checkpoints.register_checkpointing(accelerator, unet, ema, lr_scheduler, generated)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
@@ -500,10 +503,18 @@ def main(args: argparse.Namespace) -> int:
                     scores = score_branches(
                         model_of, judge, schedule, x_t, t, m, args.score_batch_size, keep_path=True
                     )
-                else:
+                elif as_now:
                     if len(sample_scores) == micro_batch:
-                        sample_scores.append(score_samples(judge, x_0, args.score_batch_size))
+                        samples = torch.arange(len(x_0))
+                        sample_scores.append(score_samples(judge, x_0, samples, args.score_batch_size))
                     scores = sample_scores[micro_batch]
+                else:
+                    # What is kept is judged once and as it was made, by itself; what has no score yet, again.
+                    for key, samples in zip(keys, torch.arange(len(x_0)).split(n), strict=True):
+                        if key not in reference_scores or reference_scores[key].rewards.isnan().any():
+                            earned = score_samples(judge, x_0, samples, args.score_batch_size)
+                            reference_scores[key] = earned._replace(last_estimate=of_reference[key])
+                    scores = join_scores([reference_scores[key] for key in keys], x_0)
             except RewardError as error:
                 failure = f"step {step}: {error}"
             if run.any_rank(accelerator, bool(failure)):
@@ -554,18 +565,13 @@ def main(args: argparse.Namespace) -> int:
                     decided.to(device),
                 )
                 tracking.add_preference(means, preference, rewards, decided, torch.stack(divergence, 1), active)
-                predict, guide = sdxl.branch_model(model, of_pairs, unconditional, args.branch_guidance_scale)
-                losses = rlhf_losses(
-                    args,
-                    predict,
-                    guide,
-                    schedule,
-                    x_t[rows],
-                    t[rows],
-                    x_0[rows],
-                    eps[rows],
-                    preference.weights.flatten(0, 1),
-                )
+                # Regression on the best branch has no use for the worst.
+                of_pair = slice(2) if args.train_on == "pair" else slice(1)
+                learned, weights = rows.view(-1, 2)[:, of_pair].flatten(), preference.weights[:, of_pair].flatten(0, 1)
+                of_learned = condition.rows(learned // n)
+                predict, guide = sdxl.branch_model(model, of_learned, unconditional, args.branch_guidance_scale)
+                branches = [part[learned] for part in (x_t, t, x_0, eps)]
+                losses = rlhf_losses(args, predict, guide, schedule, *branches, weights)
                 backwards = m
 
             # ------------------------------------------------------------------------------------------- TRAIN

@@ -153,8 +153,8 @@ def compute_per_update(script: str, flags: Mapping[str, object], decode: float) 
     """Forwards of a row that an optimizer step of the method needs.
 
     That is less than the script spends where it looks at more than it must: one noise needs no score; a pair that was
-    judged by its samples none before its one gradient step; regression on the best branch no reference and no worst
-    branch; and pairs drawn once are judged once (see `compute_before`).
+    judged by its samples none before its one gradient step; regression on the best branch no reference; and pairs
+    drawn once are judged once (see `compute_before`).
     """
     module = import_module(SCRIPTS[script])
     args = module.parse_args(words({**flags, "output_dir": "none"}))
@@ -164,7 +164,7 @@ def compute_per_update(script: str, flags: Mapping[str, object], decode: float) 
     if script == "rlhf" and args.reward_on == "sample" and args.trajectory_nums == 1:
         rows |= {"score": 0}
     if script == "rlhf" and args.train_on == "best":
-        rows |= {"reference": 0, "train": rows["train"] / 2}
+        rows |= {"reference": 0}
     if script == "rlhf" and args.generate_with == "reference":
         rows |= {"generate": 0, "decode": 0}
     weights = {"generate": 1, "score": 1, "reference": 1, "train": 3, "decode": decode}

@@ -4,7 +4,7 @@ Rows of a batch carry their own timesteps. Models appear only as plain callables
 Notation follows the paper (Tian et al., arXiv 2502.12146): `x_t = alpha_t x_0 + sigma_t eps`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -352,15 +352,27 @@ def score_branches(
 
 @torch.no_grad()
 def score_samples(
-    judge: Callable[[Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]], x_0: Tensor, batch_size: int
+    judge: Callable[[Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]], x_0: Tensor, rows: Tensor, batch_size: int
 ) -> Scores:
-    """Judge the clean latents x_0 (R, ...) themselves, `batch_size` at a time: scores of one step, without a path."""
-    rewards, components = torch.zeros(len(x_0), 1), {}
-    for rows in torch.arange(len(x_0)).split(batch_size):
-        rewards[rows, 0], parts = judge(x_0[rows], rows)
-        for name, values in parts.items():
-            components.setdefault(name, torch.full((len(x_0), 1), torch.nan))[rows, 0] = values
-    return Scores(rewards, components, torch.ones(len(x_0), 1, dtype=torch.bool), x_0, [])
+    """Judge R of the clean latents x_0, those of `rows` (R,), `batch_size` at a time: scores of one step, no path."""
+    rewards, components = torch.zeros(len(rows), 1), {}
+    for part in torch.arange(len(rows)).split(batch_size):
+        rewards[part, 0], values = judge(x_0[rows[part]], rows[part])
+        for name, value in values.items():
+            components.setdefault(name, torch.full((len(rows), 1), torch.nan))[part, 0] = value
+    return Scores(rewards, components, torch.ones(len(rows), 1, dtype=torch.bool), x_0[rows], [])
+
+
+def join_scores(parts: Sequence[Scores], last_estimate: Tensor) -> Scores:
+    """The scores of several sets of samples as one; `last_estimate` (R, ...) are those of all of them."""
+    names = dict.fromkeys(name for part in parts for name in part.components)
+    missing = [torch.full_like(part.rewards, torch.nan) for part in parts]
+    components = {
+        name: torch.cat([part.components.get(name, nan) for part, nan in zip(parts, missing, strict=True)])
+        for name in names
+    }
+    rewards, active = (torch.cat([getattr(part, name) for part in parts]) for name in ("rewards", "active"))
+    return Scores(rewards, components, active, last_estimate, [])
 
 
 class Selection(NamedTuple):

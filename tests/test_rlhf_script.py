@@ -273,6 +273,30 @@ def test_pairs_of_the_reference_are_a_fixed_data_set(train, flags, prompts, monk
     assert len({latents.sum().item() for latents in made}) == 4
 
 
+@pytest.mark.usefixtures("no_result")
+def test_kept_samples_are_judged_once_unless_without_a_score(train, flags, prompts, tmp_path):
+    """A grader is paid once for a fixed data set; where it failed it is asked again."""
+    asked = tmp_path / "asked.txt"
+    (tmp_path / "mine.py").write_text(
+        "from pathlib import Path\n\n\ndef lazy(images, prompts):\n"
+        f"    asked = Path({str(asked)!r})\n    first = not asked.exists()\n"
+        "    with asked.open('a') as log:\n        log.write(f'{len(prompts)} {prompts[0]}\\n')\n"
+        "    return images.mean((1, 2, 3)) * (float('nan') if first else 1)\n"
+    )
+    options = {**SAMPLES, "prompts_file": prompts, "train_data_dir": None, "num_noisy_latents": 2, "infer_steps": 3}
+    options |= {"max_train_steps": 5, "trajectory_nums": 1, "train_batch_size": 2, "reward_failure": "skip"}
+    options |= {"generate_with": "reference", "reference_sets": 2, "reward_model": f"{tmp_path}/mine.py:lazy"}
+    assert train(flags(**options)) == 0
+    calls = asked.read_text().splitlines()
+    first, *others = calls
+    assert calls == [f"2 {call[2:]}" for call in calls] and others.count(first) == 2  # its two sets, one of them again
+    assert len(others) == 2 * 2 and len(set(others)) == 2
+    lines = metrics(tmp_path / "run")
+    assert [line["reward/failure_rate"] for line in lines] == [0.5, 0, 0, 0, 0]
+    one, other = ([lines[step]["reward/mean"] for step in steps] for steps in ((2, 4), (1, 3)))
+    assert one[0] == pytest.approx(one[1]) and other[0] == pytest.approx(other[1]) and one[0] != other[0]
+
+
 def test_policy_gradient_matches_paths_prompts_and_rewards_across_slices(train, flags, tmp_path, monkeypatch):
     """Slices of 3 generate 8 samples of 2 prompts, slices of 5 train on them: what belongs together stays together."""
     from sharpening import draws, trajectory
@@ -293,7 +317,7 @@ def test_policy_gradient_matches_paths_prompts_and_rewards_across_slices(train, 
     options = {**POLICY, "num_noisy_latents": 4, "trajectory_nums": 2, "infer_steps": 4, "max_train_steps": 1}
     assert train(flags(**options, generation_batch_size=3, score_batch_size=5)) == 0
     ((_, (_, kept)),) = seen["draw_path"]
-    (((_, latents, _), scores),) = seen["score_samples"]
+    (((_, latents, *_), scores),) = seen["score_samples"]
     (((_, schedule, path, advantage, _), _),) = seen["policy_losses"]
     assert torch.equal(latents, torch.cat([x_0 for _, (x_0, _) in seen["sample_path"]]))
     for k, transition in enumerate(path):
