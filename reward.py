@@ -11,9 +11,10 @@ and train with `--reward_model ./my_reward.py:redness`. That is the whole contra
 - `images` arrives as a tensor `(B, 3, H, W)`, float32 in [0, 1], on the device that decoded it; no gradient is kept;
 - `prompts` arrives as a list of B strings;
 - what is returned is a tensor `(B,)` of finite numbers, higher is better. A reward made of parts may return a pair:
-  that tensor, and a dictionary of such tensors, which are logged. Anything else stops the run with a `RewardError`
-  that names the reward, the rows and their prompts. `sharpening.scoring.RowsFailed` says that some images could not be
-  scored.
+  that tensor, and a dictionary of such tensors, which are logged. One that waits for a server may return a function
+  without arguments that waits and returns these: the steps that follow are computed meanwhile. Anything else stops
+  the run with a `RewardError` that names the reward, the rows and their prompts. `sharpening.scoring.RowsFailed` says
+  that some images could not be scored.
 
 A reward that holds a model is a class with a method `get_reward(images, prompts)`. It is constructed once, with
 those of `device=`, `dtype=` and `cache_dir=` that its constructor has. The classes below follow the same contract;
@@ -35,7 +36,7 @@ import inspect
 import io
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sharpening.grader import Failure, Grades
     from sharpening.scoring import Reward, Scorer
 
 
@@ -214,16 +216,20 @@ class MLLMReward:
             self.template, model, base_url, api_key, concurrency, timeout, max_retries, max_calls, folder
         )
 
-    def get_reward(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def get_reward(self, images: Tensor, prompts: list[str]) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
+        """Begin to grade; what is returned waits for the scores and the aspects."""
+        wait = self.grader.begin(_to_uint8(images), prompts)
+        return lambda: self._scores(wait())
+
+    def _scores(self, outcomes: Sequence[Grades | Failure]) -> tuple[Tensor, dict[str, Tensor]]:
         import torch
 
         from sharpening.grader import Failure
         from sharpening.scoring import RowsFailed
 
-        outcomes = self.grader.grade(_to_uint8(images), prompts)
         reasons = {row: outcome.reason for row, outcome in enumerate(outcomes) if isinstance(outcome, Failure)}
         low, high = self.template.low, self.template.high
-        parts = {name: torch.full((len(prompts),), torch.nan) for name in (*self.template.aspects, "overall")}
+        parts = {name: torch.full((len(outcomes),), torch.nan) for name in (*self.template.aspects, "overall")}
         for row, outcome in enumerate(outcomes):
             if row not in reasons:
                 for name, value in {**outcome.aspects, "overall": outcome.overall}.items():

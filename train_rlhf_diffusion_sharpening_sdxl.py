@@ -494,9 +494,9 @@ def main(args: argparse.Namespace) -> int:
             def model_of(rows: Tensor, condition: sdxl.Condition = condition) -> tuple:
                 return sdxl.branch_model(unet, condition.rows(rows // n), unconditional, args.branch_guidance_scale)
 
-            def judge(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> tuple[Tensor, dict[str, Tensor]]:
+            def judge(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
                 decoded = sdxl.decode_latents(reward_decoder, latents, args.decode_batch_size)
-                return reward.score(decoded, [prompts[row // n] for row in rows])
+                return reward.begin(decoded, [prompts[row // n] for row in rows])
 
             try:
                 if args.reward_on == "trajectory":

@@ -22,7 +22,7 @@ from sharpening.arguments import parse, shared_parser, validate_schedule
 from sharpening.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -203,9 +203,9 @@ def main(args: argparse.Namespace) -> int:
             def model_of(rows: Tensor, condition: sdxl.Condition = condition) -> tuple:
                 return sdxl.branch_model(unet, condition.rows(rows // n), unconditional, args.branch_guidance_scale)
 
-            def judge(x0_hat: Tensor, rows: Tensor, prompts: list[str] = prompts) -> tuple[Tensor, dict[str, Tensor]]:
+            def judge(x0_hat: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
                 decoded = sdxl.decode_latents(reward_decoder, x0_hat, args.decode_batch_size)
-                return reward.score(decoded, [prompts[row // n] for row in rows])
+                return reward.begin(decoded, [prompts[row // n] for row in rows])
 
             try:
                 scores = score_branches(model_of, judge, schedule, x_t, t, m, args.score_batch_size)

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,20 +167,23 @@ class Grader:
         self._options: dict[str, Any] = {"temperature": 0}
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="mllm grader").start()
-        self._wait_for(self._greet())
+        self._start(self._greet())()
 
-    def grade(self, images: np.ndarray, prompts: list[str]) -> list[Grades | Failure]:
-        """Grades or the failure of each image `(B, H, W, 3)` uint8 with its prompt; equal pairs are asked for once.
+    def begin(self, images: np.ndarray, prompts: list[str]) -> Callable[[], list[Grades | Failure]]:
+        """Begin to grade images `(B, H, W, 3)` uint8 with their prompts; equal pairs are asked for once.
 
-        Raises:
-            GraderError: nothing more can be graded. Grades that came in before are in the cache.
+        What is returned waits for the grades or the failure of each, and raises a GraderError if nothing more can be
+        graded. Grades that came in before are in the cache.
         """
         keys = [self._key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         first_row = {key: keys.index(key) for key in keys}
-        outcomes = self._wait_for(
-            self._grade_all([(key, images[row], prompts[row]) for key, row in first_row.items()])
-        )
-        return [outcomes[key] for key in keys]
+        outcomes = self._start(self._grade_all([(key, images[row], prompts[row]) for key, row in first_row.items()]))
+
+        def wait() -> list[Grades | Failure]:
+            graded = outcomes()
+            return [graded[key] for key in keys]
+
+        return wait
 
     async def _grade_all(self, tasks: list[tuple[str, np.ndarray, str]]) -> dict[str, Grades | Failure]:
         outcomes = await asyncio.gather(*(self._grade_one(*task) for task in tasks), return_exceptions=True)
@@ -292,13 +295,18 @@ class Grader:
         self.calls += 1
         self._tries.get().left -= 1
 
-    def _wait_for(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> Callable[[], T]:
+        """Run a coroutine on the loop; what is returned waits for its result."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
-            raise
+
+        def wait() -> T:
+            try:
+                return future.result()
+            except KeyboardInterrupt:
+                future.cancel()
+                raise
+
+        return wait
 
     def _redacted(self, error: BaseException) -> str:
         """An error on one line, without the key, which some endpoints repeat in theirs."""

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from sharpening.errors import UserError
 from sharpening.sdxl import Source, count_unet_parameters
 
 logger = get_logger(__name__)
+
+SECONDS_TO_RELEASE = 1.0  # for gloo's workers, at the end of a run of several processes
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
@@ -210,8 +213,11 @@ def any_rank(accelerator: Accelerator, value: int) -> int:
 def finish(accelerator: Accelerator) -> None:
     """End trackers and the process group; every rank must call it."""
     # The group is destroyed under the interpreter's lock, which gloo's workers need once more to release the tensors
-    # of a gather. This wait, which holds no lock, lets them: destroyed right after a gather, the group would hang.
+    # of a gather: destroyed before, it hangs. Nothing tells that they have, but asleep we hold no lock, and they need
+    # no more than to be given a core.
     accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        time.sleep(SECONDS_TO_RELEASE)
     accelerator.end_training()
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Images = Image.Image | Sequence[Image.Image] | Tensor
-Scorer = Callable[[Tensor, list[str]], Tensor | tuple[Tensor, dict[str, Tensor]]]
+Result = Tensor | tuple[Tensor, dict[str, Tensor]]
+Scorer = Callable[[Tensor, list[str]], Result | Callable[[], Result]]
+Verdict = tuple[Tensor, dict[str, Tensor]]
 
 
 class RewardError(RuntimeError):
@@ -51,7 +53,7 @@ class RowsFailed(Exception):
         reasons: for each of those rows, why.
     """
 
-    result: Tensor | tuple[Tensor, dict[str, Tensor]]
+    result: Result
     reasons: dict[int, str]
 
 
@@ -85,24 +87,36 @@ class Reward:
         """The components by name and their parts by `name/part`, `(B,)` each, without their weights."""
         return self.score(images, prompts)[1]
 
-    def score(self, images: Images, prompts: str | list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def score(self, images: Images, prompts: str | list[str]) -> Verdict:
         """The weighted sum and the raw components from one call of each, for training that also logs the parts."""
+        return self.begin(images, prompts)()
+
+    def begin(self, images: Images, prompts: str | list[str]) -> Callable[[], Verdict]:
+        """Begin to `score`; what is returned waits for the result. Meanwhile a component's server can work."""
         if isinstance(prompts, str):
             prompts = [prompts]
-        values = {component.name: torch.full((len(prompts),), torch.nan) for component in self.components}
         total = torch.zeros(len(prompts))
-        with torch.no_grad():
-            for rows, batch in _batches(images, prompts):
-                rows, batch = self._without_broken(rows, batch, prompts, total)
-                if not rows:
-                    continue
-                batch_prompts = [prompts[row] for row in rows]
-                for component, scorer in zip(self.components, self._scorers, strict=True):
-                    scores, parts = self._call(component.name, scorer, batch, batch_prompts, rows)
-                    total[rows] += component.weight * scores
-                    named = {component.name: scores} | {f"{component.name}/{part}": v for part, v in parts.items()}
-                    for name, column in named.items():
-                        values.setdefault(name, torch.full((len(prompts),), torch.nan))[rows] = column
+        calls = []  # (rows, component, what waits for its scores)
+        for rows, batch in _batches(images, prompts):
+            rows, batch = self._without_broken(rows, batch, prompts, total)
+            if not rows:
+                continue
+            batch_prompts = [prompts[row] for row in rows]
+            for component, scorer in zip(self.components, self._scorers, strict=True):
+                calls.append((rows, component, self._call(component.name, scorer, batch, batch_prompts, rows)))
+        return lambda: self._sum(calls, total, prompts)
+
+    def _sum(
+        self, calls: list[tuple[list[int], Component, Callable[[], Verdict]]], total: Tensor, prompts: list[str]
+    ) -> Verdict:
+        """Wait for all components; `total` (B,) is 0, or NaN for broken images."""
+        values = {component.name: torch.full((len(prompts),), torch.nan) for component in self.components}
+        for rows, component, wait in calls:
+            scores, parts = wait()
+            total[rows] += component.weight * scores
+            named = {component.name: scores} | {f"{component.name}/{part}": v for part, v in parts.items()}
+            for name, column in named.items():
+                values.setdefault(name, torch.full((len(prompts),), torch.nan))[rows] = column
         if total.isinf().any():  # only weights beyond float32 lead here
             rows = total.isinf().nonzero().flatten().tolist()
             names = "+".join(component.name for component in self.components)
@@ -136,16 +150,28 @@ class Reward:
         images: Tensor,  # (B, 3, H, W)
         prompts: list[str],
         rows: list[int],  # of `images` within the whole call
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the scorer returns, `(B,)` float32 on the CPU, and its parts, NaN where skipped; or a RewardError."""
-        reasons: dict[int, str] = {}
-        try:
-            # Copies, so that a reward that edits its input cannot mislead the ones after it.
-            result = scorer(images.clone(), list(prompts))
-        except RowsFailed as error:
-            result, reasons = error.result, error.reasons
-        except Exception as error:
-            raise RewardError(name, f"failed with {first_line(error)}", rows, prompts) from error
+    ) -> Callable[[], Verdict]:
+        """Call the scorer; what is returned waits for its scores if it does, and checks them."""
+
+        def guarded(call: Callable[[], object]) -> tuple[object, dict[int, str]]:
+            try:
+                with torch.no_grad():
+                    return call(), {}
+            except RowsFailed as error:
+                return error.result, error.reasons
+            except Exception as error:
+                raise RewardError(name, f"failed with {first_line(error)}", rows, prompts) from error
+
+        # Copies, so that a reward that edits its input cannot mislead the ones after it.
+        result, reasons = guarded(lambda: scorer(images.clone(), list(prompts)))
+        if callable(result):
+            return lambda: self._checked(name, *guarded(result), prompts, rows)
+        return lambda: self._checked(name, result, reasons, prompts, rows)
+
+    def _checked(
+        self, name: str, result: object, reasons: dict[int, str], prompts: list[str], rows: list[int]
+    ) -> Verdict:
+        """What a scorer returned, `(B,)` float32 on the CPU, and its parts, NaN where skipped; or a RewardError."""
         scores, parts = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         parts = parts if isinstance(parts, dict) else {"": parts}
         for value in (scores, *parts.values()):

@@ -298,6 +298,11 @@ def masked_mean(values: Tensor, active: Tensor) -> Tensor:
     return torch.where(active, values, 0).sum(-1) / active.sum(-1)
 
 
+# `judge(latents (r, ...), rows (r,))` begins to judge some of R rows; what it returns waits for their total reward
+# (r,) and its components, name -> (r,).
+Judge = Callable[[Tensor, Tensor], Callable[[], tuple[Tensor, Mapping[str, Tensor]]]]
+
+
 class Scores(NamedTuple):
     """What the score pass learned about R branches of m steps."""
 
@@ -311,7 +316,7 @@ class Scores(NamedTuple):
 @torch.no_grad()
 def score_branches(
     model: Callable[[Tensor], tuple[Predict, Guide | None]],
-    judge: Callable[[Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]],
+    judge: Judge,
     schedule: Schedule,
     x_t: Tensor,
     t: Tensor,
@@ -322,12 +327,11 @@ def score_branches(
     """Walk all branches x_t (R, ...) from t (R,) without gradient and judge the clean estimate of every active step.
 
     `batch_size` branches are walked at a time, so activations grow neither with n nor with m. `model(rows)` gives the
-    callables of `walk` for some rows, `judge(x0_hat, rows)` their total reward (r,) and its components; rows is a
-    tensor of indices into the R branches. `keep_path` keeps three latents for each step of each branch.
+    callables of `walk` for some rows, a tensor of indices into the R branches. No reward is waited for before all
+    steps are walked. `keep_path` keeps three latents for each step of each branch.
     """
-    rewards = torch.zeros(len(x_t), steps)
     active = torch.zeros(len(x_t), steps, dtype=torch.bool)
-    components: dict[str, Tensor] = {}
+    verdicts = []  # (rows, k, what waits for their rewards)
     last_estimate = torch.zeros_like(x_t)
     slices: list[list[Step]] = []
     for rows in torch.arange(len(x_t)).split(batch_size):
@@ -341,26 +345,32 @@ def score_branches(
                 break
             active[on, k] = True
             last_estimate[on] = point.x0_hat[point.active]
-            rewards[on, k], parts = judge(last_estimate[on], on)
-            for name, values in parts.items():
-                components.setdefault(name, torch.full((len(x_t), steps), torch.nan))[on, k] = values
+            verdicts.append((on, k, judge(last_estimate[on], on)))
         if keep_path:  # the last point is one without an active row if the walk ended early
             slices[-1] += [slices[-1][-1]] * (steps - len(slices[-1]))
     path = [Step(*map(torch.cat, zip(*points, strict=True))) for points in zip(*slices, strict=True)]
-    return Scores(rewards, components, active, last_estimate, path)
+    return Scores(*_collect(verdicts, active.shape), active, last_estimate, path)
 
 
 @torch.no_grad()
-def score_samples(
-    judge: Callable[[Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]], x_0: Tensor, rows: Tensor, batch_size: int
-) -> Scores:
+def score_samples(judge: Judge, x_0: Tensor, rows: Tensor, batch_size: int) -> Scores:
     """Judge R of the clean latents x_0, those of `rows` (R,), `batch_size` at a time: scores of one step, no path."""
-    rewards, components = torch.zeros(len(rows), 1), {}
-    for part in torch.arange(len(rows)).split(batch_size):
-        rewards[part, 0], values = judge(x_0[rows[part]], rows[part])
-        for name, value in values.items():
-            components.setdefault(name, torch.full((len(rows), 1), torch.nan))[part, 0] = value
-    return Scores(rewards, components, torch.ones(len(rows), 1, dtype=torch.bool), x_0[rows], [])
+    active = torch.ones(len(rows), 1, dtype=torch.bool)
+    parts = torch.arange(len(rows)).split(batch_size)
+    verdicts = [(part, 0, judge(x_0[rows[part]], rows[part])) for part in parts]
+    return Scores(*_collect(verdicts, active.shape), active, x_0[rows], [])
+
+
+def _collect(
+    verdicts: Sequence[tuple[Tensor, int, Callable[[], tuple[Tensor, Mapping[str, Tensor]]]]], shape: tuple[int, int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Wait for the rewards of (rows, step): all of them and their components as tensors of `shape` (R, m)."""
+    rewards, components = torch.zeros(shape), {}
+    for rows, k, wait in verdicts:
+        rewards[rows, k], parts = wait()
+        for name, values in parts.items():
+            components.setdefault(name, torch.full(shape, torch.nan))[rows, k] = values
+    return rewards, components
 
 
 def join_scores(parts: Sequence[Scores], last_estimate: Tensor) -> Scores:

@@ -46,6 +46,17 @@ def test_score_is_the_overall_grade_or_the_mean_of_the_aspects_on_a_range_of_0_t
     assert grader(mllm_score="mean").get_reward(pictures(1), ["a cat"]).tolist() == pytest.approx([0.3])
 
 
+@pytest.mark.parametrize(("concurrency", "at_once"), [(8, 4), (3, 3)])
+def test_batches_that_have_begun_are_graded_together(concurrency, at_once, server, grader):
+    """The grader of one step works while the next is computed; --mllm_concurrency bounds the calls of all."""
+    for row in range(4):
+        server.plan[f"prompt {row}"] = [Action(grades(overall=row), delay=0.3)]
+    reward = grader(mllm_concurrency=concurrency)
+    waits = [reward.begin(pictures(2, seed), [f"prompt {2 * seed}", f"prompt {2 * seed + 1}"]) for seed in (0, 1)]
+    assert [wait()[0].tolist() for wait in waits] == [pytest.approx([0, 0.1]), pytest.approx([0.2, 0.3])]
+    assert server.most_at_once == at_once
+
+
 def test_request_holds_the_template_the_prompt_as_data_and_the_image(server, grader):
     images = pictures(1).mul(255).round().div(255)
     grader(mllm_model="some-model", api_key=KEY).get_reward(images, ["a cat"])

@@ -20,9 +20,10 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 # Runs the real script on every rank and compares the weights of the ranks before their group is dissolved.
 COMPARING_RANKS = """
-import hashlib, runpy, sys
+import hashlib, runpy, sys, time
 import torch
 from accelerate import Accelerator
+from sharpening import run
 
 end_training = Accelerator.end_training
 
@@ -34,7 +35,8 @@ def compare(self):
     digests = [None] * self.num_processes
     torch.distributed.all_gather_object(digests, digest.hexdigest())
     print(f"RANKS {len(digests)} DISTINCT {len(set(digests))}", flush=True)
-    self.wait_for_everyone()  # see run.finish
+    self.wait_for_everyone()
+    time.sleep(run.SECONDS_TO_RELEASE)  # see run.finish
     end_training(self)
 
 Accelerator.end_training = compare

@@ -310,10 +310,12 @@ def test_sum_over_the_catalogue():
         (lambda: {}["missing"], "failed with KeyError: 'missing'", [0, 1, 2]),
     ],
 )
-def test_bad_result_names_reward_rows_and_prompts(returned, said, rows):
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "after a wait"])
+def test_bad_result_names_reward_rows_and_prompts(returned, said, rows, waits):
     prompts = ["a cat", "a dog", "a cow"]
+    reward = reward_of(lambda images, prompts: returned if waits else returned(), name="moody")
     with pytest.raises(RewardError) as caught:
-        reward_of(lambda images, prompts: returned(), name="moody").score(torch.zeros(3, 3, 4, 4), prompts)
+        reward.score(torch.zeros(3, 3, 4, 4), prompts)
     error = caught.value
     assert (error.reward, error.rows, error.prompts) == ("moody", rows, [prompts[row] for row in rows])
     message = str(error)
@@ -321,6 +323,25 @@ def test_bad_result_names_reward_rows_and_prompts(returned, said, rows):
     for row in rows:
         assert f"row {row}: '{prompts[row]}'" in message
     assert ("KeyError" in said) == isinstance(error.__cause__, KeyError)
+
+
+def test_reward_that_waits_has_begun_and_the_others_have_ended_before_it_is_waited_for():
+    events = []
+
+    def slow(images, prompts):
+        events.append("slow begins")
+        return lambda: events.append("slow ends") or torch.full((len(prompts),), 2.0)
+
+    def quick(images, prompts):
+        events.append("quick")
+        return images.mean((1, 2, 3))
+
+    reward = Reward([Component("slow", 1.0, ""), Component("quick", 10.0, "")], [slow, quick])
+    wait = reward.begin(torch.ones(2, 3, 4, 4), ["a", "b"])
+    assert events == ["slow begins", "quick"]
+    total, values = wait()
+    assert events[2:] == ["slow ends"] and total.tolist() == [12, 12]
+    assert {name: value.tolist() for name, value in values.items()} == {"slow": [2, 2], "quick": [1, 1]}
 
 
 def test_many_bad_rows_are_summarized():

@@ -19,7 +19,7 @@ def test_estimates_along_a_branch_tell_the_better_latent_at_low_noise_only(tiny_
 
     def judge(latents, rows):
         images = sdxl.decode_latents(tiny_sdxl.vae, latents, 96)
-        return tiny_sdxl.reward.score(images, [prompts[row] for row in rows])
+        return tiny_sdxl.reward.begin(images, [prompts[row] for row in rows])
 
     every = torch.arange(len(prompts))
     with torch.no_grad():

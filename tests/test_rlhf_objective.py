@@ -55,7 +55,7 @@ def two_pass(unet, reference, condition, schedule, x_0, eps, t, n, m, swapped=Fa
 
     x_t = schedule.add_noise(x_0, eps, t)
     scores = score_branches(
-        model_of, lambda x, rows: (reward_of(x).float(), {}), schedule, x_t, t, m, batch_size, keep_path=True
+        model_of, lambda x, rows: lambda: (reward_of(x).float(), {}), schedule, x_t, t, m, batch_size, keep_path=True
     )
     prompts = len(x_t) // n
     selection = select(scores.rewards.view(prompts, n, m), scores.active.view(prompts, n, m))

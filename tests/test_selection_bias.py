@@ -25,7 +25,7 @@ def branches():
     x_t = schedule.add_noise(x_0, eps, t)
     model = (lambda x, t: torch.tanh(alpha * x / variance), None)  # E[x_0 | x_t]
     scores = score_branches(
-        lambda rows: model, lambda x0_hat, rows: (x0_hat.flatten(), {}), schedule, x_t, t, 1, len(x_t)
+        lambda rows: model, lambda x0_hat, rows: lambda: (x0_hat.flatten(), {}), schedule, x_t, t, 1, len(x_t)
     )
     selection = select(scores.rewards.view(images, n, 1), scores.active.view(images, n, 1))
     return x_0.view(images, n), x_t.view(images, n), selection

@@ -31,7 +31,7 @@ def two_pass(unet, condition, schedule, x_0, eps, t, n, m, args=OPTIONS, batch_s
     x_t = schedule.add_noise(x_0, eps, t)
     scores = score_branches(
         lambda rows: sdxl.branch_model(unet, condition.rows(rows // n), unconditional, 1.0),
-        lambda x0_hat, rows: (x0_hat.mean((1, 2, 3)).float(), {}),
+        lambda x0_hat, rows: lambda: (x0_hat.mean((1, 2, 3)).float(), {}),
         schedule,
         x_t,
         t,

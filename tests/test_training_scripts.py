@@ -335,11 +335,11 @@ def test_dropped_prompts_train_without_and_are_judged_with_their_caption(train, 
     (tmp_path / "mine.py").write_text("def listen(images, prompts):\n    return images.mean((1, 2, 3))\n")
     from sharpening.scoring import Reward
 
-    score, predict = Reward.score, sdxl.predict_output
+    begin, predict = Reward.begin, sdxl.predict_output
 
-    def record_score(self, images, prompts):
+    def record_begin(self, images, prompts):
         asked.extend(prompts)
-        return score(self, images, prompts)
+        return begin(self, images, prompts)
 
     def record_predict(unet, x, t, condition):
         seen.append(condition.embeds.abs().sum((1, 2)))
@@ -352,7 +352,7 @@ def test_dropped_prompts_train_without_and_are_judged_with_their_caption(train, 
         return x
 
     monkeypatch.setattr("sharpening.trajectory.generate", record_generation)
-    monkeypatch.setattr(Reward, "score", record_score)
+    monkeypatch.setattr(Reward, "begin", record_begin)
     monkeypatch.setattr(sdxl, "predict_output", record_predict)
     options = {"reward_model": f"{tmp_path}/mine.py:listen", "max_train_steps": 1}
     assert train(flags(**options, proportion_empty_prompts=1.0)) == 0

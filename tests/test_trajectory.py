@@ -16,6 +16,7 @@ from sharpening.trajectory import (
     generate,
     masked_mean,
     score_branches,
+    score_samples,
     select,
     squared_error,
     walk,
@@ -202,7 +203,8 @@ def test_scoring_in_slices_equals_scoring_at_once_and_never_mixes_prompts(batch_
 
     def judge(x0_hat, rows):
         seen.extend(rows.tolist())
-        return x0_hat.mean((1, 2, 3)) + prompts_of_rows[rows], {"mean": x0_hat.mean((1, 2, 3))}
+        verdict = x0_hat.mean((1, 2, 3)) + prompts_of_rows[rows], {"mean": x0_hat.mean((1, 2, 3))}
+        return lambda: verdict
 
     scores = score_branches(model, judge, schedule, x_t, t, 3, batch_size, keep_path=True)
     whole = score_branches(model, judge, schedule, x_t, t, 3, 12)
@@ -222,6 +224,26 @@ def test_scoring_in_slices_equals_scoring_at_once_and_never_mixes_prompts(batch_
                 torch.testing.assert_close(kept, point)
             expected = float(point.x0_hat.mean()) + row // 3 if point.active else 0.0
             assert scores.rewards[row, k].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_no_reward_is_waited_for_before_every_step_is_walked():
+    schedule, events = Schedule.from_config(SDXL, 25), []
+
+    def predict(x, t):
+        events.append("forward")
+        return x
+
+    def judge(latents, rows):
+        events.append("begin")
+        return lambda: events.append("wait") or (latents.mean((1, 2, 3)), {})
+
+    x_t, t = torch.randn(4, 2, 2, 2), torch.full((4,), 500)
+    scores = score_branches(lambda rows: (predict, None), judge, schedule, x_t, t, 3, batch_size=2)
+    assert events == ["forward", "begin"] * 6 + ["wait"] * 6
+    events.clear()
+    samples = score_samples(judge, scores.last_estimate, torch.arange(4), batch_size=2)
+    assert events == ["begin"] * 2 + ["wait"] * 2
+    torch.testing.assert_close(samples.rewards[:, 0], scores.rewards[:, 2])
 
 
 def test_branch_targets_agree_at_the_first_step_and_part_after():
