@@ -5,7 +5,8 @@
 
 Runs the training script itself, on random weights and made-up data. After each of its steps, in the same process, the
 same step is done by `benchmarks/naive.py` (all branches with graph, decodes in float32 with graph, backward through
-the sampler, reference on all branches) and by a plain fine-tuning step of the same batch. Ratios are step by step.
+the sampler, reference on all branches) and by a plain fine-tuning step of the same batch; and what a step of one
+branch must cost is done once: a forward without gradient, a decode and a reward. Ratios are step by step.
 
 Every branch has all of its m steps. Memory is what a step adds to what is held before it: on a GPU by the allocator,
 on a CPU by counting tensors.
@@ -15,16 +16,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import naive
+from benchmarks.machine import describe_machine
 from benchmarks.models import SIZES, TINY_DECODER, write_pipeline
 from sharpening import run, sdxl
 from sharpening.arguments import OneSentenceParser, require
@@ -42,6 +45,7 @@ from sharpening.errors import UserError
 from tests.objective import LiveMemory
 
 SCRIPTS = {"sft": "train_sft_diffusion_sharpening_sdxl", "rlhf": "train_rlhf_diffusion_sharpening_sdxl"}
+RIVALS = ("naive", "plain", "branch_step")
 INFER_STEPS = 25
 BETA = 2500.0
 
@@ -90,16 +94,18 @@ class Clock:
         self.charge()
         return self.seconds
 
-    def timed(self, owner: object, attribute: str, name: str) -> None:
-        """Charge the calls of a function, or the turns of a generator, to a phase."""
-        function = getattr(owner, attribute)
+    def timed(self, function: Callable, name: str) -> Callable:
+        """A function whose calls, the turns of the generator and the call of the function that it returns count as a
+        phase."""
 
         def wrapped(*args: object, **kwargs: object) -> object:
             with self.phase(name):
                 result = function(*args, **kwargs)
-            return self._turns(result, name) if isinstance(result, Iterator) else result
+            if isinstance(result, Iterator):
+                return self._turns(result, name)
+            return self.timed(result, name) if isinstance(result, FunctionType) else result
 
-        setattr(owner, attribute, wrapped)
+        return wrapped
 
     def _turns(self, turns: Iterator, name: str) -> Iterator:
         while True:
@@ -111,25 +117,15 @@ class Clock:
             yield turn
 
 
-def watch(clock: Clock) -> None:
-    """Wrap what the scripts call, phase by phase."""
+@contextmanager
+def watched(clock: Clock) -> Iterator[None]:
+    """Within, what the scripts call is charged phase by phase."""
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
     from sharpening import trajectory
     from sharpening.scoring import Reward
 
-    for owner, attribute, name in (
-        (trajectory, "generate", "generate"),
-        (trajectory, "score_branches", "score"),
-        (sdxl, "decode_latents", "decode"),
-        (Reward, "score", "reward"),
-        (trajectory, "weighted_errors", "train"),
-        (Accelerator, "backward", "train"),
-        (Accelerator, "clip_grad_norm_", "optimizer"),
-        (AcceleratedOptimizer, "step", "optimizer"),
-    ):
-        clock.timed(owner, attribute, name)
     reference = sdxl.reference_unet
 
     @contextmanager
@@ -137,7 +133,21 @@ def watch(clock: Clock) -> None:
         with clock.phase("reference"), reference(*args) as unet:
             yield unet
 
-    sdxl.reference_unet = timed_reference
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(sdxl, "reference_unet", timed_reference))
+        for owner, attribute, name in (
+            (trajectory, "generate", "generate"),
+            (trajectory, "score_branches", "score"),
+            (sdxl, "decode_latents", "decode"),
+            (Reward, "begin", "reward"),
+            (trajectory, "weighted_errors", "train"),
+            (Accelerator, "backward", "train"),
+            (Accelerator, "clip_grad_norm_", "optimizer"),
+            (AcceleratedOptimizer, "step", "optimizer"),
+        ):
+            timed = clock.timed(getattr(owner, attribute), name)
+            stack.enter_context(patch.object(owner, attribute, timed))
+        yield
 
 
 @contextmanager
@@ -168,6 +178,10 @@ class Rivals:
         if args.method == "rlhf":
             self.reference = sdxl.load_frozen_unet(flags, source, self.device, self.dtype)
         self.vae = sdxl.load_vae(flags, source, self.device, torch.float32)
+        if flags.reward_vae:
+            self.decoder = sdxl.load_reward_decoder(flags, self.device, self.dtype)
+        else:
+            self.decoder = sdxl.load_vae(flags, source, self.device, self.dtype)
         self.parameters = sdxl.trainable_parameters(self.unet)
         self.optimizer = run.make_optimizer(self.parameters, flags, 1)
         self.scheduler = naive.DDIMScheduler.from_config(source.read_json("scheduler/scheduler_config.json"))
@@ -228,6 +242,13 @@ class Rivals:
             loss = torch.nn.functional.mse_loss(output, eps)
         self.update(loss)
 
+    @torch.no_grad()
+    def branch_step(self) -> None:
+        """What a step of one branch cannot do without."""
+        with self.autocast():
+            output = naive.forward(self.unet, self.noise(1), self.timestep(), self.condition(1))
+        brightness(sdxl.decode_latents(self.decoder, output, 1), [])
+
 
 def first_timestep(args: argparse.Namespace) -> int:
     """The lowest timestep from which a branch has all of its steps."""
@@ -281,8 +302,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict:
-    """Seconds by round and phase of the script and of its rivals, FLOPs and peak memory of a step."""
+def measure(args: argparse.Namespace, folder: Path, beside: Sequence[str] = RIVALS) -> dict:
+    """Seconds by round and phase of the script and of the rivals beside it, FLOPs and peak memory of a step."""
     from sharpening import tracking
 
     dtype = torch.float16 if args.mixed_precision == "fp16" else torch.float32
@@ -292,7 +313,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     script = import_module(SCRIPTS[args.method])
     flags = script.parse_args(command)
     rivals = Rivals(args, flags, sdxl.pipeline_source(flags))
-    others: dict[str, Callable[[], None]] = {"naive": rivals.naive, "plain": rivals.plain}
+    others: dict[str, Callable[[], None]] = {name: getattr(rivals, name) for name in beside}
     clock, steps = Clock(), iter(range(args.rounds + 3))
     result: dict = {"seconds": {name: [] for name in ("script", *others)}, "phases": [], "flops": {}, "peak_bytes": {}}
     counting: list = []
@@ -337,14 +358,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             counting[0][0].__enter__()
         clock.start()
 
-    write, tracking.StepLog.write = tracking.StepLog.write, finish_step
-    watch(clock)
-    try:
+    with patch.object(tracking.StepLog, "write", finish_step), watched(clock):
         clock.start()
         if script.cli(command):
             raise RuntimeError("the training script failed; it says above why")
-    finally:
-        tracking.StepLog.write = write
     result["matmul_peak"] = matmul_peak(rivals.device, rivals.dtype)
     return result
 
@@ -361,27 +378,23 @@ def report(result: dict) -> str:
     for name, seconds in result["seconds"].items():
         median, flops = statistics.median(seconds), result["flops"][name]
         lines.append(
-            f"{name:>8}  {median:8.3f} s  {flops / 1e12:8.3f} TFLOP  {flops / median / 1e12:7.3f} TFLOP/s, "
+            f"{name:>11}  {median:8.3f} s  {flops / 1e12:8.3f} TFLOP  {flops / median / 1e12:7.3f} TFLOP/s, "
             f"{flops / median / result['matmul_peak']:.0%} of the matrix product's  "
             f"peak {result['peak_bytes'][name] / 2**30:6.2f} GiB"
         )
     names = list(dict.fromkeys(name for phases in result["phases"] for name in phases))
     spent = {name: statistics.median(phases.get(name, 0.0) for phases in result["phases"]) for name in names}
-    lines.append("  phases  " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in spent.items()))
+    lines.append("     phases  " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in spent.items()))
     for rival in ("naive", "plain"):
         memory = result["peak_bytes"]["script"] / result["peak_bytes"][rival]
         lines.append(f"  against {rival}: {ratio(result, rival)} of its time, {memory:.2f}x of its peak")
     return "\n".join(lines)
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The flags.
-
-    Raises:
-        UserError: naming the flag and the remedy.
-    """
+def make_parser(description: str) -> OneSentenceParser:
+    """The flags of a measurement."""
     parser = OneSentenceParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", choices=SIZES, default="mid")
     parser.add_argument("--method", choices=sorted(SCRIPTS), default="sft")
@@ -398,7 +411,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are timed")
     parser.add_argument("--output", type=Path, help="write every figure here as JSON")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with what follows from them.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
     args.resolution = args.resolution or (32 if args.model == "tiny" else 512)
     for name in ("num_noisy_latents", "trajectory_nums", "batch", "rounds", "score_batch_size", "decode_batch_size"):
         require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
@@ -407,15 +428,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Measure, print, write; returns the exit status."""
-    args = parse_args(argv)
+    args = checked(make_parser(__doc__.splitlines()[0]).parse_args(argv))
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {' '.join(argv)}")
+    print(f"{describe_machine()}; {' '.join(argv)}")
     print(report(result))
     if args.output:
         settings = {name: str(value) for name, value in vars(args).items()}
-        args.output.write_text(json.dumps({"machine": device, "settings": settings, **result}, indent=1))
+        args.output.write_text(json.dumps({"machine": describe_machine(), "settings": settings, **result}, indent=1))
     return 0
 
 

@@ -1,0 +1,66 @@
+"""What another branch and another step cost: seconds and peak memory of the SFT script over n and m.
+
+    python benchmarks/branches.py --model mid --n 1 2 4 --m 1 2 3
+
+Runs the script for every pair, as `benchmarks/step.py` does, and fits a line to the seconds that a step spends on its
+branches: walking, decoding and judging. Its slope per branch and step is set against what that must cost at least, a
+forward without gradient, a decode and a reward, measured between the script's steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import step
+from benchmarks.machine import describe_machine
+from sharpening.errors import UserError
+
+OF_BRANCHES = ("score", "decode", "reward")
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print; returns the exit status."""
+    parser = step.make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, nargs="+", default=[1, 2, 4], help="branches")
+    parser.add_argument("--m", type=int, nargs="+", default=[1, 2, 3], help="steps of each branch")
+    args = step.checked(parser.parse_args(argv))
+    found, units = {}, []
+    for n in args.n:
+        for m in args.m:
+            pair = argparse.Namespace(**{**vars(args), "num_noisy_latents": n, "trajectory_nums": m})
+            with tempfile.TemporaryDirectory() as folder:
+                found[n, m] = step.measure(pair, Path(folder), beside=["branch_step"])
+            units += found[n, m]["seconds"]["branch_step"]
+    print(f"{describe_machine()}; {' '.join(argv)}")
+    print(f"{'n':>3} {'m':>3}  {'branches':>9}  {'train':>8}  {'step':>8}  {'peak':>8}")
+    work, spent = [], []
+    for (n, m), result in found.items():
+        phases = result["phases"]
+        of_branches = statistics.median(sum(phase.get(name, 0) for name in OF_BRANCHES) for phase in phases)
+        train = statistics.median(phase["train"] for phase in phases)
+        whole = statistics.median(result["seconds"]["script"])
+        peak = result["peak_bytes"]["script"] / 2**30
+        print(f"{n:3} {m:3}  {of_branches:7.3f} s  {train:6.3f} s  {whole:6.3f} s  {peak:4.2f} GiB")
+        work.append(n * m)
+        spent.append(of_branches)
+    slope, offset = np.polyfit(work, spent, 1)
+    unit = statistics.median(units)
+    print(f"a branch and step more costs {slope:.3f} s, {slope / unit:.2f}x of a forward, a decode and a reward")
+    print(f"({unit:.3f} s); {offset:.3f} s are spent on none")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
