@@ -293,43 +293,25 @@ def policy_losses(
 
 def main(args: argparse.Namespace) -> int:
     """Train; returns the exit status: 0 finished, 1 stopped by a failing reward or loss, 128 + n by signal n."""
-    # Imported here, so that --help and a mistyped flag are answered before seconds of imports.
+    # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
+    # of diffusers' models.
     import math
     import time
     from contextlib import nullcontext
     from pathlib import Path
 
     import torch
-    from diffusers.optimization import get_scheduler
-    from torch.utils.data import DataLoader
 
-    from reward import load_reward
-    from sharpening import checkpoints, draws, publishing, run, sdxl, tracking
-    from sharpening.encoding_cache import cache_embeddings, collate
+    from sharpening import launching, model_source
     from sharpening.prompts import load_prompts
-    from sharpening.scoring import RewardError
-    from sharpening.trajectory import (
-        Schedule,
-        Transition,
-        advantages,
-        branch_error,
-        generate,
-        join_scores,
-        sample_path,
-        score_branches,
-        score_samples,
-        select,
-        squared_error,
-        walk,
-    )
-    from sharpening.validation import Validation, averaged_weights
+    from sharpening.trajectory import Schedule
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
-    accelerator = run.make_accelerator(args)
+    accelerator = launching.make_accelerator(args)
     device, world_size, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
-    weight_dtype = run.weight_dtype(accelerator)
+    weight_dtype = launching.weight_dtype(accelerator)
     output_dir = Path(args.output_dir)
-    source = sdxl.pipeline_source(args)
+    source = model_source.pipeline_source(args)
     scheduler_config = source.read_json("scheduler/scheduler_config.json")
     validate_schedule(args, scheduler_config["num_train_timesteps"])
     schedule = Schedule.from_config(scheduler_config, args.infer_steps, args.prediction_type)
@@ -358,12 +340,34 @@ def main(args: argparse.Namespace) -> int:
     frozen_copy = not (args.use_lora or args.train_on == "policy")
     if is_main:
         cost = rows_per_step(args)
-        plan = run.describe(
+        plan = launching.describe(
             args, source, accelerator, prompt_data.description, cost, steps_per_epoch, num_steps, frozen_copy
         )
         print(plan, flush=True)
     if args.dry_run:
         return 0
+
+    from diffusers.optimization import get_scheduler
+    from torch.utils.data import DataLoader
+
+    from reward import load_reward
+    from sharpening import checkpoints, draws, publishing, run, sdxl, tracking
+    from sharpening.encoding_cache import cache_embeddings, collate
+    from sharpening.scoring import RewardError
+    from sharpening.trajectory import (
+        Transition,
+        advantages,
+        branch_error,
+        generate,
+        join_scores,
+        sample_path,
+        score_branches,
+        score_samples,
+        select,
+        squared_error,
+        walk,
+    )
+    from sharpening.validation import Validation, averaged_weights
 
     checkpoint = checkpoints.prepare_output(accelerator, args)
     start_step, run_id = checkpoints.resolve_run(accelerator, args, checkpoint)
@@ -397,7 +401,7 @@ def main(args: argparse.Namespace) -> int:
         prompt_data.dataset,
         encode_prompts=encoders.encode,
         batch_size=args.decode_batch_size,
-        key={"text": sdxl.text_identity(source)},
+        key={"text": model_source.text_identity(source)},
         seed=args.seed,
         cache_dir=args.cache_dir,
         dtype=weight_dtype,

@@ -84,30 +84,23 @@ def sft_losses(
 
 def main(args: argparse.Namespace) -> int:
     """Train; returns the exit status: 0 finished, 1 stopped by a failing reward or loss, 128 + n by signal n."""
-    # Imported here, so that --help and a mistyped flag are answered before seconds of imports.
+    # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
+    # of diffusers' models.
     import math
     import time
     from contextlib import nullcontext
     from pathlib import Path
 
-    import torch
-    from diffusers.optimization import get_scheduler
-    from torch.utils.data import DataLoader
-
-    from reward import load_reward
-    from sharpening import checkpoints, draws, publishing, run, sdxl, tracking
+    from sharpening import launching, model_source
     from sharpening.captioned_images import load_captioned_images
-    from sharpening.encoding_cache import cache_latents_and_embeddings, collate
-    from sharpening.scoring import RewardError
-    from sharpening.trajectory import Schedule, score_branches, select
-    from sharpening.validation import Validation, averaged_weights
+    from sharpening.trajectory import Schedule
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
-    accelerator = run.make_accelerator(args)
+    accelerator = launching.make_accelerator(args)
     device, world_size, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
-    weight_dtype = run.weight_dtype(accelerator)
+    weight_dtype = launching.weight_dtype(accelerator)
     output_dir = Path(args.output_dir)
-    source = sdxl.pipeline_source(args)
+    source = model_source.pipeline_source(args)
     scheduler_config = source.read_json("scheduler/scheduler_config.json")
     validate_schedule(args, scheduler_config["num_train_timesteps"])
     schedule = Schedule.from_config(scheduler_config, args.infer_steps, args.prediction_type)
@@ -129,9 +122,20 @@ def main(args: argparse.Namespace) -> int:
     if is_main:
         trained_on = f"{len(images)} rows of {args.dataset_name or args.train_data_dir}"
         cost = rows_per_step(args)
-        print(run.describe(args, source, accelerator, trained_on, cost, steps_per_epoch, num_steps), flush=True)
+        print(launching.describe(args, source, accelerator, trained_on, cost, steps_per_epoch, num_steps), flush=True)
     if args.dry_run:
         return 0
+
+    import torch
+    from diffusers.optimization import get_scheduler
+    from torch.utils.data import DataLoader
+
+    from reward import load_reward
+    from sharpening import checkpoints, draws, publishing, run, sdxl, tracking
+    from sharpening.encoding_cache import cache_latents_and_embeddings, collate
+    from sharpening.scoring import RewardError
+    from sharpening.trajectory import score_branches, select
+    from sharpening.validation import Validation, averaged_weights
 
     checkpoint = checkpoints.prepare_output(accelerator, args)
     start_step, run_id = checkpoints.resolve_run(accelerator, args, checkpoint)
@@ -168,7 +172,7 @@ def main(args: argparse.Namespace) -> int:
         encode_images=lambda pixels: sdxl.encode_images(vae, pixels),
         encode_prompts=encoders.encode,
         batch_size=args.decode_batch_size,
-        key={"vae": sdxl.vae_identity(args, source), "text": sdxl.text_identity(source)},
+        key={"vae": model_source.vae_identity(args, source), "text": model_source.text_identity(source)},
         cache_dir=args.cache_dir,
         dtype=weight_dtype,
     )

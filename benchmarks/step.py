@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import naive
 from benchmarks.machine import describe_machine
 from benchmarks.models import SIZES, TINY_DECODER, write_pipeline
-from sharpening import run, sdxl
+from sharpening import model_source, run, sdxl
 from sharpening.arguments import OneSentenceParser, require
 from sharpening.errors import UserError
 from tests.objective import LiveMemory
@@ -167,7 +167,7 @@ def peak_memory(result: dict[str, float]) -> Iterator[None]:
 class Rivals:
     """The same step by other means, on a UNet of their own; a batch is random, of the script's shapes."""
 
-    def __init__(self, args: argparse.Namespace, flags: argparse.Namespace, source: sdxl.Source):
+    def __init__(self, args: argparse.Namespace, flags: argparse.Namespace, source: model_source.Source):
         self.args, self.flags = args, flags
         self.device = torch.device(
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -312,7 +312,7 @@ def measure(args: argparse.Namespace, folder: Path, beside: Sequence[str] = RIVA
     command = script_flags(args, folder)
     script = import_module(SCRIPTS[args.method])
     flags = script.parse_args(command)
-    rivals = Rivals(args, flags, sdxl.pipeline_source(flags))
+    rivals = Rivals(args, flags, model_source.pipeline_source(flags))
     others: dict[str, Callable[[], None]] = {name: getattr(rivals, name) for name in beside}
     clock, steps = Clock(), iter(range(args.rounds + 3))
     result: dict = {"seconds": {name: [] for name in ("script", *others)}, "phases": [], "flops": {}, "peak_bytes": {}}

@@ -1,84 +1,23 @@
 """Stable Diffusion XL as the scripts use it: load, encode, predict, decode, save."""
 
-import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sharpening.arguments import looks_local
 from sharpening.errors import UserError, first_line
+from sharpening.model_source import LORA_LAYERS, Source, vae_source
 from sharpening.trajectory import Guide, Predict, classifier_free_guidance
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the weights of a pipeline or of a single model come from; `name` is a hub id or a local folder."""
-
-    flag: str
-    name: str
-    revision: str | None = None
-    variant: str | None = None
-    cache_dir: str | None = None
-
-    def load(self, model_class: type, subfolder: str | None = None, **options: Any) -> Any:
-        """`model_class.from_pretrained`, its failures in one sentence.
-
-        Raises:
-            UserError: the files are missing, damaged or out of reach.
-        """
-        optional = {"subfolder": subfolder, "variant": self.variant if "dtype" in options else None}
-        options |= {name: value for name, value in optional.items() if value is not None}
-        try:
-            loaded = model_class.from_pretrained(
-                self.name, revision=self.revision, cache_dir=self.cache_dir, **options
-            )
-            if issubclass(model_class, CLIPTokenizer) and loaded.vocab_size < 10:
-                # transformers makes an empty tokenizer, without a word, when it finds no files or no connection.
-                raise OSError("it has no vocabulary")
-            return loaded
-        except (OSError, ValueError, RuntimeError) as error:
-            part = f"{self.name}/{subfolder}" if subfolder else self.name
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"--{self.flag}: {model_class.__name__} could not be loaded from {part} ({type(error).__name__}: "
-                f"{reason}); check the name, the files and --variant, or download them first"
-            ) from error
-
-    def read_json(self, path: str) -> dict[str, Any]:
-        """A config file of the pipeline, e.g. `unet/config.json`, fetched without any weights."""
-        try:
-            if looks_local(self.name):
-                file = Path(self.name).expanduser() / path
-            else:
-                file = Path(hf_hub_download(self.name, path, revision=self.revision, cache_dir=self.cache_dir))
-            return json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"--{self.flag}: {path} of {self.name} could not be read ({type(error).__name__}: {reason}); "
-                "check the name, or download the model first"
-            ) from error
-
-    def identity(self, *subfolders: str) -> str:
-        """What names these weights in a cache key: a folder by its files' sizes and times, a hub id by revision."""
-        if not looks_local(self.name):
-            return f"{self.name}@{self.revision or 'main'}:{self.variant}"
-        root = Path(self.name).expanduser().resolve()
-        files = sorted(file for part in subfolders or (".",) for file in (root / part).glob("*") if file.is_file())
-        stamps = [f"{file.relative_to(root)}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
-        return f"{root}:{self.variant}:{stamps}"
 
 
 @dataclass
@@ -163,31 +102,6 @@ def unconditional_embedding(source: Source, encoders: TextEncoders) -> Unconditi
     return Unconditional(embeds, pooled)
 
 
-def pipeline_source(args: Namespace) -> Source:
-    """The source of the whole pipeline that the flags name."""
-    name = args.pretrained_model_name_or_path
-    return Source("pretrained_model_name_or_path", name, args.revision, args.variant, args.cache_dir)
-
-
-def vae_source(args: Namespace, pipeline: Source) -> tuple[Source, str | None]:
-    """The source of the training VAE and the subfolder it lies in."""
-    name = args.pretrained_vae_model_name_or_path
-    if name is None:
-        return pipeline, "vae"
-    return Source("pretrained_vae_model_name_or_path", name, cache_dir=args.cache_dir), None
-
-
-def vae_identity(args: Namespace, pipeline: Source) -> str:
-    """What names the training VAE in a cache key."""
-    source, subfolder = vae_source(args, pipeline)
-    return source.identity(subfolder or ".")
-
-
-def text_identity(pipeline: Source) -> str:
-    """What names the text encoders in a cache key."""
-    return pipeline.identity("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-
-
 def load_vae(args: Namespace, pipeline: Source, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     """The training VAE, frozen; in float32 only where its config says that float16 overflows (`force_upcast`)."""
     source, subfolder = vae_source(args, pipeline)
@@ -267,7 +181,7 @@ def lora_config(args: Namespace) -> LoraConfig:
         r=args.lora_rank,
         lora_alpha=args.lora_alpha or args.lora_rank,
         init_lora_weights="gaussian",
-        target_modules=["to_k", "to_q", "to_v", "to_out.0"],
+        target_modules=list(LORA_LAYERS),
     )
 
 
@@ -367,14 +281,3 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 def default_time_ids(rows: int, size: int, device: torch.device) -> Tensor:
     """time_ids (rows, 6) of an uncropped square image of `size` pixels."""
     return torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32, device=device).expand(rows, -1)
-
-
-def count_unet_parameters(args: Namespace, source: Source) -> tuple[int, int]:
-    """How many parameters the UNet has and how many train, from its config alone, no weight read or allocated."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(source.read_json("unet/config.json"))
-        total = sum(parameter.numel() for parameter in unet.parameters())
-        if args.use_lora:
-            unet.requires_grad_(False)
-            unet.add_adapter(lora_config(args))
-    return total, sum(parameter.numel() for parameter in trainable_parameters(unet))

@@ -46,10 +46,10 @@ def tiny_sdxl():
     from diffusers import UNet2DConditionModel
 
     from reward import load_reward
-    from sharpening import sdxl
+    from sharpening import model_source, sdxl
     from sharpening.trajectory import Schedule
 
-    source = sdxl.Source("pretrained_model_name_or_path", str(ROOT / "scripts" / "tiny_sdxl"))
+    source = model_source.Source("pretrained_model_name_or_path", str(ROOT / "scripts" / "tiny_sdxl"))
     unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32).eval()
     vae = source.load(sdxl.AutoencoderKL, "vae", dtype=torch.float32)
     encoders = sdxl.TextEncoders.load(source, torch.device("cpu"), torch.float32)

@@ -8,7 +8,7 @@ from conftest import metrics, same_files, same_tensors
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from scripts.make_tiny_sdxl import make_pipeline
-from sharpening import sdxl
+from sharpening import model_source, sdxl
 from tests.objective import problem
 
 LORA = {"use_lora": True, "lora_rank": 4, "lora_alpha": 8.0, "infer_steps": 5, "learning_rate": 1e-2}
@@ -131,7 +131,7 @@ def test_adapter_begins_as_the_identity_and_switched_off_is_the_base_model_bit_f
         use_lora=True, lora_rank=4, lora_alpha=None, gradient_checkpointing=False,
         enable_xformers_memory_efficient_attention=False, enable_npu_flash_attention=False,
     )  # fmt: skip
-    source = sdxl.Source("pretrained_model_name_or_path", str(world.model))
+    source = model_source.Source("pretrained_model_name_or_path", str(world.model))
     unet = sdxl.load_unet(args, source, torch.device("cpu"), torch.float32).eval()
     base = UNet2DConditionModel.from_pretrained(world.model, subfolder="unet")
     assert torch.equal(outputs(unet), outputs(base))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from sharpening import sdxl
+from sharpening import model_source, sdxl
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def test_vae_is_upcast_only_where_float16_overflows(force_upcast, asked, given, 
     original = AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, force_upcast=force_upcast)
     original.save_pretrained(tmp_path / "vae")
     args = arguments(pretrained_vae_model_name_or_path=str(tmp_path / "vae"))
-    vae = sdxl.load_vae(args, sdxl.Source("pretrained_model_name_or_path", "unused/model"), CPU, asked)
+    vae = sdxl.load_vae(args, model_source.Source("pretrained_model_name_or_path", "unused/model"), CPU, asked)
     assert vae.dtype == given
     assert not any(parameter.requires_grad for parameter in vae.parameters())
     for loaded, saved in zip(vae.parameters(), original.parameters(), strict=True):
@@ -52,11 +52,11 @@ def test_cache_identity_changes_with_the_weights(world, tmp_path):
     import shutil
 
     shutil.copytree(world.model, tmp_path / "model")
-    source = sdxl.Source("pretrained_model_name_or_path", str(tmp_path / "model"))
-    vae, text = sdxl.vae_identity(arguments(), source), sdxl.text_identity(source)
+    source = model_source.Source("pretrained_model_name_or_path", str(tmp_path / "model"))
+    vae, text = model_source.vae_identity(arguments(), source), model_source.text_identity(source)
     weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     os.utime(weights, ns=(1, 1))
-    assert sdxl.vae_identity(arguments(), source) != vae
-    assert sdxl.text_identity(source) == text
-    hub = [sdxl.Source("flag", "owner/model", revision) for revision in (None, "main", "v2")]
+    assert model_source.vae_identity(arguments(), source) != vae
+    assert model_source.text_identity(source) == text
+    hub = [model_source.Source("flag", "owner/model", revision) for revision in (None, "main", "v2")]
     assert hub[0].identity("vae") == hub[1].identity("vae") != hub[2].identity("vae")

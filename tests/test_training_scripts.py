@@ -3,16 +3,19 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import metrics, same_files
+from conftest import ROOT, SCRIPTS, metrics, same_files
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sharpening import sdxl
+from sharpening import model_source, sdxl
 from sharpening.trajectory import Schedule, generate
 
 STATE = (
@@ -430,7 +433,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_p
     def refuse(*args, **kwargs):
         raise AssertionError("a dry run loaded weights")
 
-    monkeypatch.setattr(sdxl.Source, "load", refuse)
+    monkeypatch.setattr(model_source.Source, "load", refuse)
     assert train(flags(dry_run=True, gradient_accumulation_steps=4, num_noisy_latents=5, branch_guidance_scale=2)) == 0
     plan = {line[:18].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
     assert plan["rows per step"] == "8 = 2 per batch x 4 accumulated x 1 processes"
@@ -441,11 +444,52 @@ def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_does_not_wait_for_the_models_code_to_be_imported(method, flags):
+    code = (
+        f"import sys, {Path(SCRIPTS[method]).stem} as script\n"
+        "status = script.cli(sys.argv[1:])\nassert not {'diffusers.models', 'peft', 'bitsandbytes'} & set(sys.modules)\nsys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, *flags(dry_run=True, use_lora=True)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+@pytest.mark.parametrize("weights", ["whole", "sharded", "of a variant", "absent", "damaged"])
+def test_parameters_are_counted_without_the_model(weights, use_lora, world, tmp_path):
+    from sharpening import launching
+
+    args = SimpleNamespace(
+        use_lora=use_lora, lora_rank=3, lora_alpha=None, gradient_checkpointing=False,
+        enable_xformers_memory_efficient_attention=False, enable_npu_flash_attention=False,
+    )  # fmt: skip
+    source = model_source.Source("pretrained_model_name_or_path", str(world.model))
+    unet = sdxl.load_unet(args, source, torch.device("cpu"), torch.float32)
+    expected = [
+        sum(parameter.numel() for name, parameter in unet.named_parameters() if "lora_" not in name),
+        sum(parameter.numel() for parameter in sdxl.trainable_parameters(unet)),
+    ]
+    base = UNet2DConditionModel.from_pretrained(world.model, subfolder="unet")
+    variant = "fp16" if weights == "of a variant" else None
+    options = {"max_shard_size": "20KB"} if weights == "sharded" else {"variant": variant}
+    base.save_pretrained(tmp_path / "unet", **options)
+    files = list((tmp_path / "unet").glob("*.safetensors"))
+    assert (len(files) > 1) == (weights == "sharded")
+    for file in files:
+        if weights == "absent":
+            file.unlink()
+        elif weights == "damaged":
+            file.write_bytes(file.read_bytes()[:100])
+    copy = model_source.Source("pretrained_model_name_or_path", str(tmp_path), variant=variant)
+    assert bool(copy.shapes("unet")) == (weights not in ("absent", "damaged"))
+    assert [*launching.count_unet_parameters(args, copy)] == expected
+
+
 def test_encoders_and_generation_equal_the_diffusers_pipeline(world):
     pipeline = StableDiffusionXLPipeline.from_pretrained(world.model)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    source = sdxl.Source("pretrained_model_name_or_path", str(world.model))
+    source = model_source.Source("pretrained_model_name_or_path", str(world.model))
     device = torch.device("cpu")
     encoders = sdxl.TextEncoders.load(source, device, torch.float32)
     prompts = ["a red circle on a white background", "words outside of the grammar, and more of them " * 20]
