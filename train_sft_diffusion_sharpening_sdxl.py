@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> int:
     unet = sdxl.load_unet(args, source, device, weight_dtype)
     parameters = sdxl.trainable_parameters(unet)
     ema = run.make_ema(unet, parameters, args, device) if args.use_ema else None
-    optimizer = run.make_optimizer(parameters, args, world_size)
+    optimizer = run.make_optimizer(parameters, args, world_size, scaled=accelerator.scaler is not None)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps
     )

@@ -92,7 +92,7 @@ class Clock:
 
     def stop(self) -> dict[str, float]:
         self.charge()
-        return self.seconds
+        return dict(self.seconds)
 
     def timed(self, function: Callable, name: str) -> Callable:
         """A function whose calls, the turns of the generator and the call of the function that it returns count as a
@@ -164,6 +164,11 @@ def peak_memory(result: dict[str, float]) -> Iterator[None]:
     result["peak"] = memory.peak
 
 
+def plain_layout(model: torch.nn.Module) -> torch.nn.Module:
+    """A model as a library loads it, without the layout that ours are given."""
+    return model.to(memory_format=torch.contiguous_format)
+
+
 class Rivals:
     """The same step by other means, on a UNet of their own; a batch is random, of the script's shapes."""
 
@@ -173,11 +178,11 @@ class Rivals:
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         )
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
-        self.unet = sdxl.load_unet(flags, source, self.device, self.dtype)
+        self.unet = plain_layout(sdxl.load_unet(flags, source, self.device, self.dtype))
         self.reference = None
         if args.method == "rlhf":
-            self.reference = sdxl.load_frozen_unet(flags, source, self.device, self.dtype)
-        self.vae = sdxl.load_vae(flags, source, self.device, torch.float32)
+            self.reference = plain_layout(sdxl.load_frozen_unet(flags, source, self.device, self.dtype))
+        self.vae = plain_layout(sdxl.load_vae(flags, source, self.device, torch.float32))
         if flags.reward_vae:
             self.decoder = sdxl.load_reward_decoder(flags, self.device, self.dtype)
         else:

@@ -4,6 +4,8 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,12 +48,16 @@ def start_trackers(accelerator: Accelerator, args: Namespace, run_id: str) -> No
         ) from error
 
 
-def make_optimizer(parameters: list[Parameter], args: Namespace, world_size: int) -> Optimizer:
-    """AdamW, or its 8-bit version from bitsandbytes."""
+def make_optimizer(parameters: list[Parameter], args: Namespace, world_size: int, scaled: bool = False) -> Optimizer:
+    """AdamW, or its 8-bit version from bitsandbytes; `scaled`: a GradScaler decides which of its steps are taken.
+
+    AdamW is the fused one, which needs no memory beside its states. It would hide from accelerate which steps a
+    GradScaler has skipped.
+    """
     learning_rate = args.learning_rate
     if args.scale_lr:
         learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * world_size
-    optimizer_class: type[Optimizer] = torch.optim.AdamW
+    optimizer_class: Callable[..., Optimizer] = partial(torch.optim.AdamW, fused=not scaled)
     if args.use_8bit_adam:
         try:
             from bitsandbytes.optim import AdamW8bit

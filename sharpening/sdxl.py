@@ -123,7 +123,12 @@ def load_decoder(
     if dtype == torch.float16 and config.get("force_upcast", not tiny):
         dtype = torch.float32
     model = source.load(AutoencoderTiny if tiny else AutoencoderKL, subfolder, dtype=dtype)
-    return model.requires_grad_(False).eval().to(device)
+    return channels_last(model.requires_grad_(False).eval().to(device))
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """A model with its channels last in memory, in which convolutions are faster (`docs/performance.md`)."""
+    return model.to(memory_format=torch.channels_last)
 
 
 def load_unet(args: Namespace, source: Source, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -447,7 +447,8 @@ def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_p
 def test_dry_run_does_not_wait_for_the_models_code_to_be_imported(method, flags):
     code = (
         f"import sys, {Path(SCRIPTS[method]).stem} as script\n"
-        "status = script.cli(sys.argv[1:])\nassert not {'diffusers.models', 'peft', 'bitsandbytes'} & set(sys.modules)\nsys.exit(status)"
+        "status = script.cli(sys.argv[1:])\n"
+        "assert not {'diffusers.models', 'peft', 'bitsandbytes'} & set(sys.modules)\nsys.exit(status)"
     )
     command = [sys.executable, "-c", code, *flags(dry_run=True, use_lora=True)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
