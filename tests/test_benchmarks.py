@@ -11,10 +11,10 @@ from conftest import ROOT
 from diffusers import DDIMScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import naive
-from benchmarks.step import brightness
+from benchmarks import branches, grading, naive, startup, step
 from scripts.make_tiny_sdxl import make_pipeline
 from sharpening import sdxl
+from sharpening.errors import UserError
 from sharpening.trajectory import Schedule, branch_error, score_branches, select
 from tests.objective import gradient, problem
 from train_rlhf_diffusion_sharpening_sdxl import preference_loss, rlhf_losses
@@ -35,8 +35,8 @@ def test_literal_reading_has_the_loss_and_the_gradient_of_the_scripts(method, n,
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(25)
     walked = naive.walk(
-        unet, pipeline.vae, scheduler, lambda images: brightness(images, []), condition.rows(torch.zeros(n).long()),
-        x_0, eps, t, m, reference,
+        unet, pipeline.vae, scheduler, lambda images: step.brightness(images, []),
+        condition.rows(torch.zeros(n).long()), x_0, eps, t, m, reference,
     )  # fmt: skip
     expected = naive.sft_loss(*walked[:2]) if method == "SFT" else naive.rlhf_loss(*walked, ARGS.beta_dpo)
     expected.backward()
@@ -51,7 +51,7 @@ def test_literal_reading_has_the_loss_and_the_gradient_of_the_scripts(method, n,
 
     def judge(latents, rows):
         images = sdxl.decode_latents(pipeline.vae, latents, 4)
-        return lambda: (brightness(images, []), {})
+        return lambda: (step.brightness(images, []), {})
 
     x_t = schedule.add_noise(x_0, eps, start)
     scores = score_branches(model_of, judge, schedule, x_t, start, m, 2, keep_path=True)
@@ -100,6 +100,7 @@ def flops_of(call):
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "rlhf"])
 def test_step_benchmark_counts_the_work_of_the_method(method, tmp_path):
     """In forwards and decodes of a row: a gradient is two forwards, but for what the inputs would be given."""
@@ -159,8 +160,7 @@ def test_grader_that_works_meanwhile_is_set_against_one_that_is_waited_for():
     assert "0.2 s a grade" in result.stdout and "of the time of waiting at every step" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["step", "branches", "startup", "grading"])
-def test_benchmark_says_in_one_sentence_what_is_wrong(name):
-    result = run(name, "--rounds", 0)
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1] == "error: --rounds is 0, but it must be at least 1"
+@pytest.mark.parametrize("benchmark", [step, branches, startup, grading])
+def test_benchmark_says_in_one_sentence_what_is_wrong(benchmark):
+    with pytest.raises(UserError, match="--rounds is 0, but it must be at least 1"):
+        benchmark.main(["--rounds", "0"])

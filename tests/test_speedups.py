@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import ROOT, metrics
 
-REWARD_TOLERANCE, LOSS_TOLERANCE = 1e-5, 1e-4  # of rewards in [0, 1]; relative, after the updates before
+REWARD_TOLERANCE, LOSS_TOLERANCE = 5e-4, 1e-3  # of rewards in [0, 1]; relative, after the updates before
 RUN = {
-    "pretrained_model_name_or_path": ROOT / "scripts" / "tiny_sdxl", "max_train_steps": 3, "learning_rate": 1e-3,
-    "train_batch_size": 4, "infer_steps": 10,
+    "pretrained_model_name_or_path": ROOT / "scripts" / "tiny_sdxl", "max_train_steps": 2, "learning_rate": 1e-3,
+    "train_batch_size": 4, "infer_steps": 5,
 }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_same_branches_are_chosen_without_it(turn_off, train, flags, tmp_path, m
     with monkeypatch.context() as patched:
         turn_off(patched)
         assert train(flags(**RUN, output_dir=tmp_path / "plain")) == 0
-    assert len(fast) == len(choices) == 3
+    assert len(fast) == len(choices) == 2
     for ours, plain in zip(fast, choices, strict=True):
         assert torch.equal(ours.best, plain.best) and torch.equal(ours.worst, plain.worst)
         torch.testing.assert_close(ours.branch_reward, plain.branch_reward, rtol=0, atol=REWARD_TOLERANCE)

@@ -455,25 +455,17 @@ def test_dry_run_does_not_wait_for_the_models_code_to_be_imported(method, flags)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("use_lora", [False, True])
 @pytest.mark.parametrize("weights", ["whole", "sharded", "of a variant", "absent", "damaged"])
-def test_parameters_are_counted_without_the_model(weights, use_lora, world, tmp_path):
+def test_parameters_are_counted_without_the_model(weights, world, tmp_path):
     from sharpening import launching
 
     args = SimpleNamespace(
-        use_lora=use_lora, lora_rank=3, lora_alpha=None, gradient_checkpointing=False,
-        enable_xformers_memory_efficient_attention=False, enable_npu_flash_attention=False,
+        lora_rank=3, lora_alpha=None, gradient_checkpointing=False, enable_xformers_memory_efficient_attention=False,
+        enable_npu_flash_attention=False,
     )  # fmt: skip
-    source = model_source.Source("pretrained_model_name_or_path", str(world.model))
-    unet = sdxl.load_unet(args, source, torch.device("cpu"), torch.float32)
-    expected = [
-        sum(parameter.numel() for name, parameter in unet.named_parameters() if "lora_" not in name),
-        sum(parameter.numel() for parameter in sdxl.trainable_parameters(unet)),
-    ]
-    base = UNet2DConditionModel.from_pretrained(world.model, subfolder="unet")
     variant = "fp16" if weights == "of a variant" else None
     options = {"max_shard_size": "20KB"} if weights == "sharded" else {"variant": variant}
-    base.save_pretrained(tmp_path / "unet", **options)
+    UNet2DConditionModel.from_pretrained(world.model, subfolder="unet").save_pretrained(tmp_path / "unet", **options)
     files = list((tmp_path / "unet").glob("*.safetensors"))
     assert (len(files) > 1) == (weights == "sharded")
     for file in files:
@@ -483,7 +475,12 @@ def test_parameters_are_counted_without_the_model(weights, use_lora, world, tmp_
             file.write_bytes(file.read_bytes()[:100])
     copy = model_source.Source("pretrained_model_name_or_path", str(tmp_path), variant=variant)
     assert bool(copy.shapes("unet")) == (weights not in ("absent", "damaged"))
-    assert [*launching.count_unet_parameters(args, copy)] == expected
+    for args.use_lora in (False, True):
+        source = model_source.Source("pretrained_model_name_or_path", str(world.model))
+        unet = sdxl.load_unet(args, source, torch.device("cpu"), torch.float32)
+        total = sum(parameter.numel() for name, parameter in unet.named_parameters() if "lora_" not in name)
+        trained = sum(parameter.numel() for parameter in sdxl.trainable_parameters(unet))
+        assert launching.count_unet_parameters(args, copy) == (total, trained)
 
 
 def test_encoders_and_generation_equal_the_diffusers_pipeline(world):
