@@ -12,7 +12,7 @@ and train with `--reward_model ./my_reward.py:redness`. That is the whole contra
 - `prompts` arrives as a list of B strings;
 - what is returned is a tensor `(B,)` of finite numbers, higher is better. A reward made of parts may return a pair:
   that tensor, and a dictionary of such tensors, which are logged. One that waits for a server may return a function
-  without arguments that waits and returns these: the steps that follow are computed meanwhile. Anything else stops
+  without arguments that waits and returns these: branches walk on meanwhile. Anything else stops
   the run with a `RewardError` that names the reward, the rows and their prompts. `sharpening.scoring.RowsFailed` says
   that some images could not be scored.
 

@@ -77,7 +77,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         default=1,
         help="with --generate_with=reference: sets of latents per prompt, each drawn once, then kept in memory",
     )
-    g.add_argument("--generation_batch_size", type=int, default=8, help="latents per forward when generating")
+    g.add_argument(
+        "--generation_batch_size",
+        type=int,
+        default=8,
+        help="latents per forward when generating, two rows each with guidance",
+    )
     g.add_argument("--generation_reuse", type=int, default=1, help="optimizer steps that one generation serves")
     g.add_argument(
         "--branch_noise",
@@ -178,7 +183,7 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
     where guidance is used: P L T / k to generate; P n m to score, or 2 P m if samples are judged; 2 P m for the
     reference, or 2 P on first steps only; 2 P m to train, or P m on the best alone. Branches that end early, below
     t = 0, cost less. A policy gradient is P L T to generate and P n m to train. A frozen reference generates and
-    decodes no more when it has drawn its sets.
+    judges samples no more when it has drawn its sets.
     """
     prompts = args.train_batch_size * args.gradient_accumulation_steps
     n, m = args.num_noisy_latents, args.trajectory_nums
@@ -300,8 +305,6 @@ def main(args: argparse.Namespace) -> int:
     from contextlib import nullcontext
     from pathlib import Path
 
-    import torch
-
     from sharpening import launching, model_source
     from sharpening.prompts import load_prompts
     from sharpening.trajectory import Schedule
@@ -347,6 +350,7 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
 
+    import torch
     from diffusers.optimization import get_scheduler
     from torch.utils.data import DataLoader
 
@@ -357,18 +361,20 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.trajectory import (
         Transition,
         advantages,
+        begin_samples,
         branch_error,
         generate,
         join_scores,
         sample_path,
         score_branches,
-        score_samples,
         select,
         squared_error,
         walk,
     )
     from sharpening.validation import Validation, averaged_weights
+    from sharpening.waiting import beginning, wait_for_all
 
+    run.quiet_libraries()
     checkpoint = checkpoints.prepare_output(accelerator, args)
     start_step, run_id = checkpoints.resolve_run(accelerator, args, checkpoint)
     reward = load_reward(args.reward_model, device, **run.reward_options(args, world_size))
@@ -510,14 +516,17 @@ def main(args: argparse.Namespace) -> int:
                 elif as_now:
                     if len(sample_scores) == micro_batch:
                         samples = torch.arange(len(x_0))
-                        sample_scores.append(score_samples(judge, x_0, samples, args.score_batch_size))
+                        sample_scores.append(begin_samples(judge, x_0, samples, args.score_batch_size)())
                     scores = sample_scores[micro_batch]
                 else:
                     # What is kept is judged once and as it was made, by itself; what has no score yet, again.
-                    for key, samples in zip(keys, torch.arange(len(x_0)).split(n), strict=True):
-                        if key not in reference_scores or reference_scores[key].rewards.isnan().any():
-                            earned = score_samples(judge, x_0, samples, args.score_batch_size)
-                            reference_scores[key] = earned._replace(last_estimate=of_reference[key])
+                    begun = {}
+                    with beginning(begun.values()):
+                        for key, samples in zip(keys, torch.arange(len(x_0)).split(n), strict=True):
+                            if key not in reference_scores or reference_scores[key].rewards.isnan().any():
+                                begun[key] = begin_samples(judge, x_0, samples, args.score_batch_size)
+                    for key, earned in zip(begun, wait_for_all([*begun.values()]), strict=True):
+                        reference_scores[key] = earned._replace(last_estimate=torch.empty(0))
                     scores = join_scores([reference_scores[key] for key in keys], x_0)
             except RewardError as error:
                 failure = f"step {step}: {error}"

@@ -137,6 +137,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.trajectory import score_branches, select
     from sharpening.validation import Validation, averaged_weights
 
+    run.quiet_libraries()
     checkpoint = checkpoints.prepare_output(accelerator, args)
     start_step, run_id = checkpoints.resolve_run(accelerator, args, checkpoint)
     reward = load_reward(args.reward_model, device, **run.reward_options(args, world_size))

@@ -3,8 +3,8 @@
     python benchmarks/branches.py --model mid --n 1 2 4 --m 1 2 3
 
 Runs the script for every pair, as `benchmarks/step.py` does, and fits a line to the seconds that a step spends on its
-branches: walking, decoding and judging. Its slope per branch and step is set against what that must cost at least, a
-forward without gradient, a decode and a reward, measured between the script's steps.
+branches: walking, decoding and judging. Its slope per branch and step is set against a forward of one row without
+gradient, a decode and a reward, measured between the script's steps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import step
 from benchmarks.machine import describe_machine
+from sharpening.arguments import require
 from sharpening.errors import UserError
 
 OF_BRANCHES = ("score", "decode", "reward")
@@ -32,10 +33,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--n", type=int, nargs="+", default=[1, 2, 4], help="branches")
     parser.add_argument("--m", type=int, nargs="+", default=[1, 2, 3], help="steps of each branch")
     args = step.checked(parser.parse_args(argv))
+    for name in ("n", "m"):
+        require(min(getattr(args, name)) >= 1, f"--{name} has {min(getattr(args, name))}, but it must be at least 1")
+    require(len({n * m for n in args.n for m in args.m}) > 1, "--n and --m give no two amounts of work; name more")
     found, units = {}, []
     for n in args.n:
         for m in args.m:
-            pair = argparse.Namespace(**{**vars(args), "num_noisy_latents": n, "trajectory_nums": m})
+            pair = argparse.Namespace(**vars(args), method="sft", num_noisy_latents=n, trajectory_nums=m)
             with tempfile.TemporaryDirectory() as folder:
                 found[n, m] = step.measure(pair, Path(folder), beside=["branch_step"])
             units += found[n, m]["seconds"]["branch_step"]
@@ -49,7 +53,7 @@ def main(argv: list[str]) -> int:
         whole = statistics.median(result["seconds"]["script"])
         peak = result["peak_bytes"]["script"] / 2**30
         print(f"{n:3} {m:3}  {of_branches:7.3f} s  {train:6.3f} s  {whole:6.3f} s  {peak:4.2f} GiB")
-        work.append(n * m)
+        work.append(args.batch * n * m)
         spent.append(of_branches)
     slope, offset = np.polyfit(work, spent, 1)
     unit = statistics.median(units)

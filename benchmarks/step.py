@@ -164,11 +164,6 @@ def peak_memory(result: dict[str, float]) -> Iterator[None]:
     result["peak"] = memory.peak
 
 
-def plain_layout(model: torch.nn.Module) -> torch.nn.Module:
-    """A model as a library loads it, without the layout that ours are given."""
-    return model.to(memory_format=torch.contiguous_format)
-
-
 class Rivals:
     """The same step by other means, on a UNet of their own; a batch is random, of the script's shapes."""
 
@@ -178,11 +173,12 @@ class Rivals:
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         )
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
-        self.unet = plain_layout(sdxl.load_unet(flags, source, self.device, self.dtype))
+        self.unet = sdxl.load_unet(flags, source, self.device, self.dtype)
         self.reference = None
         if args.method == "rlhf":
-            self.reference = plain_layout(sdxl.load_frozen_unet(flags, source, self.device, self.dtype))
-        self.vae = plain_layout(sdxl.load_vae(flags, source, self.device, torch.float32))
+            self.reference = sdxl.load_frozen_unet(flags, source, self.device, self.dtype)
+        vae = sdxl.load_vae(flags, source, self.device, torch.float32)
+        self.vae = vae.to(memory_format=torch.contiguous_format)  # as a library loads it
         if flags.reward_vae:
             self.decoder = sdxl.load_reward_decoder(flags, self.device, self.dtype)
         else:
@@ -397,25 +393,20 @@ def report(result: dict) -> str:
 
 
 def make_parser(description: str) -> OneSentenceParser:
-    """The flags of a measurement."""
+    """The flags of every measurement of the scripts' steps."""
     parser = OneSentenceParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", choices=SIZES, default="mid")
-    parser.add_argument("--method", choices=sorted(SCRIPTS), default="sft")
     parser.add_argument("--resolution", type=int, help="pixels; unset: 32 for tiny, else 512")
-    parser.add_argument("--num_noisy_latents", type=int, default=3)
-    parser.add_argument("--trajectory_nums", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1, help="prompts in a step")
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     parser.add_argument("--decoder", choices=["vae", "tiny"], default="vae", help="what decodes for the reward")
-    parser.add_argument("--latents_per_prompt", choices=["1", "n"], default="n", help="of the RLHF script")
     parser.add_argument("--score_batch_size", type=int, default=8)
     parser.add_argument("--decode_batch_size", type=int, default=4)
     for name in ("use_lora", "gradient_checkpointing", "use_8bit_adam"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are timed")
-    parser.add_argument("--output", type=Path, help="write every figure here as JSON")
     return parser
 
 
@@ -427,13 +418,20 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     """
     args.resolution = args.resolution or (32 if args.model == "tiny" else 512)
     for name in ("num_noisy_latents", "trajectory_nums", "batch", "rounds", "score_batch_size", "decode_batch_size"):
-        require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
+        value = getattr(args, name, 1)
+        require(value >= 1, f"--{name} is {value}, but it must be at least 1")
     return args
 
 
 def main(argv: list[str]) -> int:
     """Measure, print, write; returns the exit status."""
-    args = checked(make_parser(__doc__.splitlines()[0]).parse_args(argv))
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=sorted(SCRIPTS), default="sft")
+    parser.add_argument("--num_noisy_latents", type=int, default=3)
+    parser.add_argument("--trajectory_nums", type=int, default=3)
+    parser.add_argument("--latents_per_prompt", choices=["1", "n"], default="n", help="of the RLHF script")
+    parser.add_argument("--output", type=Path, help="write every figure here as JSON")
+    args = checked(parser.parse_args(argv))
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder))
     print(f"{describe_machine()}; {' '.join(argv)}")

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from sharpening.errors import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what makes a folder a LoRA adapter, for diffusers too
+LORA_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")  # of every attention of the UNet, which `--use_lora` adapts
 SECRET_FLAGS = ("api_key", "hub_token")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 

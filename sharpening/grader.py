@@ -200,10 +200,10 @@ class Grader:
         cached = self._recall(key)
         if cached is not None:
             return cached
-        messages = self._messages(image, prompt)
         tries = Tries(self.max_retries + 1)
         self._tries.set(tries)
         async with self._slots:
+            messages = self._messages(image, prompt)
             while tries.left > 0:
                 if self._fatal:  # found by another image while this one waited
                     raise self._fatal

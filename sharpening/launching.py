@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from sharpening.arguments import redact
+from sharpening.arguments import LORA_LAYERS, redact
 from sharpening.errors import UserError
-from sharpening.model_source import LORA_LAYERS, Source
+from sharpening.model_source import Source
 
 
 def make_accelerator(args: Namespace) -> Accelerator:

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from sharpening.arguments import looks_local
 from sharpening.errors import UserError
 
-LORA_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")  # of every attention of the UNet, which `--use_lora` adapts
 WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
@@ -32,11 +31,6 @@ class Source:
         Raises:
             UserError: the files are missing, damaged or out of reach.
         """
-        import diffusers
-        import transformers
-
-        for library in (diffusers.utils.logging, transformers.utils.logging):
-            library.disable_progress_bar()
         optional = {"subfolder": subfolder, "variant": self.variant if "dtype" in options else None}
         options |= {name: value for name, value in optional.items() if value is not None}
         try:
@@ -60,16 +54,16 @@ class Source:
         stem = f"{subfolder}/{WEIGHTS_NAME}"
         variants = [f".{self.variant}", ""] if self.variant else [""]
         for variant in variants:
-            index = self._here(f"{stem}.safetensors.index{variant}.json")
-            names = {f"{stem}{variant}.safetensors"}
-            if index is not None:
-                names = {f"{subfolder}/{name}" for name in json.loads(index.read_text())["weight_map"].values()}
-            files = [self._here(name) for name in sorted(names)]
             try:
+                index = self._here(f"{stem}.safetensors.index{variant}.json")
+                names = {f"{stem}{variant}.safetensors"}
+                if index is not None:
+                    names = {f"{subfolder}/{name}" for name in json.loads(index.read_text())["weight_map"].values()}
+                files = [self._here(name) for name in sorted(names)]
                 if all(files):
                     return {name: shape for file in files for name, shape in _header(file)}
-            except (OSError, SafetensorError):
-                pass  # who loads it will say so
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+                pass  # damaged: who loads it will say so
         return {}
 
     def _here(self, path: str) -> Path | None:

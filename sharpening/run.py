@@ -10,7 +10,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import UNet2DConditionModel
@@ -25,7 +27,13 @@ from sharpening.errors import UserError
 
 logger = get_logger(__name__)
 
-SECONDS_TO_RELEASE = 1.0  # for gloo's workers, at the end of a run of several processes
+SECONDS_TO_RELEASE = 1.0  # for gloo's workers
+
+
+def quiet_libraries() -> None:
+    """No progress bars of the libraries that load models: the run has its own."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
 
 
 def start_trackers(accelerator: Accelerator, args: Namespace, run_id: str) -> None:
@@ -51,13 +59,14 @@ def start_trackers(accelerator: Accelerator, args: Namespace, run_id: str) -> No
 def make_optimizer(parameters: list[Parameter], args: Namespace, world_size: int, scaled: bool = False) -> Optimizer:
     """AdamW, or its 8-bit version from bitsandbytes; `scaled`: a GradScaler decides which of its steps are taken.
 
-    AdamW is the fused one, which needs no memory beside its states. It would hide from accelerate which steps a
-    GradScaler has skipped.
+    On a CPU and on CUDA AdamW is the fused one, which needs no memory beside its states. It would hide from accelerate
+    which steps a GradScaler has skipped.
     """
     learning_rate = args.learning_rate
     if args.scale_lr:
         learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * world_size
-    optimizer_class: Callable[..., Optimizer] = partial(torch.optim.AdamW, fused=not scaled)
+    fused = not scaled and {parameter.device.type for parameter in parameters} <= {"cpu", "cuda"}
+    optimizer_class: Callable[..., Optimizer] = partial(torch.optim.AdamW, fused=fused)
     if args.use_8bit_adam:
         try:
             from bitsandbytes.optim import AdamW8bit
@@ -123,13 +132,20 @@ def any_rank(accelerator: Accelerator, value: int) -> int:
 
 def finish(accelerator: Accelerator) -> None:
     """End trackers and the process group; every rank must call it."""
-    # The group is destroyed under the interpreter's lock, which gloo's workers need once more to release the tensors
-    # of a gather: destroyed before, it hangs. Nothing tells that they have, but asleep we hold no lock, and they need
-    # no more than to be given a core.
-    accelerator.wait_for_everyone()
-    if accelerator.num_processes > 1:
-        time.sleep(SECONDS_TO_RELEASE)
+    let_gloo_release(accelerator)
     accelerator.end_training()
+
+
+def let_gloo_release(accelerator: Accelerator) -> None:
+    """Wait for all ranks and then, where gloo connects them, for its workers.
+
+    The group is destroyed under the interpreter's lock, which gloo's workers need once more to release the tensors of
+    a gather: destroyed before, it hangs. Nothing tells that they have; asleep we hold no lock, and a worker that gets
+    a core within that time is done.
+    """
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1 and "gloo" in torch.distributed.get_backend():
+        time.sleep(SECONDS_TO_RELEASE)
 
 
 def fail(accelerator: Accelerator, args: Namespace, step: int, run_id: str, message: str) -> int:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from sharpening.errors import first_line
+from sharpening.waiting import beginning, wait_for_all
 
 if TYPE_CHECKING:
     from sharpening.reward_spec import Component
@@ -96,23 +97,29 @@ class Reward:
         if isinstance(prompts, str):
             prompts = [prompts]
         total = torch.zeros(len(prompts))
-        calls = []  # (rows, component, what waits for its scores)
-        for rows, batch in _batches(images, prompts):
-            rows, batch = self._without_broken(rows, batch, prompts, total)
-            if not rows:
-                continue
-            batch_prompts = [prompts[row] for row in rows]
-            for component, scorer in zip(self.components, self._scorers, strict=True):
-                calls.append((rows, component, self._call(component.name, scorer, batch, batch_prompts, rows)))
-        return lambda: self._sum(calls, total, prompts)
+        called: list[tuple[list[int], Component]] = []
+        waits: list[Callable[[], Verdict]] = []  # for their scores
+        with beginning(waits):
+            for rows, batch in _batches(images, prompts):
+                rows, batch = self._without_broken(rows, batch, prompts, total)
+                if not rows:
+                    continue
+                batch_prompts = [prompts[row] for row in rows]
+                for component, scorer in zip(self.components, self._scorers, strict=True):
+                    called.append((rows, component))
+                    waits.append(self._begin(component.name, scorer, batch, batch_prompts, rows))
+        return lambda: self._sum(called, waits, total.clone(), prompts)
 
     def _sum(
-        self, calls: list[tuple[list[int], Component, Callable[[], Verdict]]], total: Tensor, prompts: list[str]
+        self,
+        called: list[tuple[list[int], Component]],
+        waits: list[Callable[[], Verdict]],
+        total: Tensor,  # (B,) 0, or NaN for broken images
+        prompts: list[str],
     ) -> Verdict:
-        """Wait for all components; `total` (B,) is 0, or NaN for broken images."""
+        """Wait for all components: their weighted sum and their values."""
         values = {component.name: torch.full((len(prompts),), torch.nan) for component in self.components}
-        for rows, component, wait in calls:
-            scores, parts = wait()
+        for (rows, component), (scores, parts) in zip(called, wait_for_all(waits), strict=True):
             total[rows] += component.weight * scores
             named = {component.name: scores} | {f"{component.name}/{part}": v for part, v in parts.items()}
             for name, column in named.items():
@@ -143,7 +150,7 @@ class Reward:
             raise error
         logger.warning(f"left out of selection: {error}")
 
-    def _call(
+    def _begin(
         self,
         name: str,
         scorer: Scorer,

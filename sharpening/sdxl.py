@@ -15,8 +15,9 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sharpening.arguments import LORA_LAYERS
 from sharpening.errors import UserError, first_line
-from sharpening.model_source import LORA_LAYERS, Source, vae_source
+from sharpening.model_source import Source, vae_source
 from sharpening.trajectory import Guide, Predict, classifier_free_guidance
 
 
@@ -270,11 +271,37 @@ def branch_model(
     unet: nn.Module, condition: Condition, unconditional: Unconditional, guidance_scale: float
 ) -> tuple[Predict, Guide | None]:
     """The callables that `walk` and `generate` take: the conditional output, and the guidance on top of it."""
-    predict = partial(predict_output, unet, condition=condition)
     if guidance_scale == 1:
-        return predict, None
-    predict_unconditional = partial(predict_output, unet, condition=condition.without_prompt(unconditional))
-    return predict, classifier_free_guidance(predict_unconditional, guidance_scale)
+        return partial(predict_output, unet, condition=condition), None
+    both = GuidedUNet(unet, condition, condition.without_prompt(unconditional))
+    return both.predict, classifier_free_guidance(both.predict_unconditional, guidance_scale)
+
+
+class GuidedUNet:
+    """A UNet asked for its output with a condition, and then without one for the same rows.
+
+    Where no gradient is kept both come from one forward of twice the rows, which costs less than two.
+    """
+
+    def __init__(self, unet: nn.Module, condition: Condition, unconditional: Condition) -> None:
+        self.unet, self.condition, self.unconditional = unet, condition, unconditional
+        self._both = Condition(*map(torch.cat, zip(condition, unconditional, strict=True)))
+        self._ahead: Tensor | None = None  # the unconditional output for the rows of the last `predict`
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        """The conditional output (R, 4, h, w) for x (R, 4, h, w) at t (R,)."""
+        if torch.is_grad_enabled():
+            self._ahead = None
+            return predict_output(self.unet, x, t, self.condition)
+        output, self._ahead = predict_output(self.unet, torch.cat([x, x]), torch.cat([t, t]), self._both).chunk(2)
+        return output
+
+    def predict_unconditional(self, x: Tensor, t: Tensor) -> Tensor:
+        """The unconditional output for the x and t that `predict` was asked for last."""
+        if self._ahead is None:
+            return predict_output(self.unet, x, t, self.unconditional)
+        output, self._ahead = self._ahead, None
+        return output
 
 
 def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sharpening.waiting import beginning, wait_for_all
+
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x (R, ...), t (R,)) -> model output (R, ...)
 Guide = Callable[[Tensor, Tensor, Tensor], Tensor]  # (output, x, t) -> the output that the sampler follows
 
@@ -300,7 +302,8 @@ def masked_mean(values: Tensor, active: Tensor) -> Tensor:
 
 # `judge(latents (r, ...), rows (r,))` begins to judge some of R rows; what it returns waits for their total reward
 # (r,) and its components, name -> (r,).
-Judge = Callable[[Tensor, Tensor], Callable[[], tuple[Tensor, Mapping[str, Tensor]]]]
+Verdict = tuple[Tensor, Mapping[str, Tensor]]
+Judge = Callable[[Tensor, Tensor], Callable[[], Verdict]]
 
 
 class Scores(NamedTuple):
@@ -331,43 +334,51 @@ def score_branches(
     steps are walked. `keep_path` keeps three latents for each step of each branch.
     """
     active = torch.zeros(len(x_t), steps, dtype=torch.bool)
-    verdicts = []  # (rows, k, what waits for their rewards)
+    judged: list[tuple[Tensor, int]] = []  # (rows, k)
+    waits: list[Callable[[], Verdict]] = []  # for their rewards
     last_estimate = torch.zeros_like(x_t)
     slices: list[list[Step]] = []
-    for rows in torch.arange(len(x_t)).split(batch_size):
-        predict, guide = model(rows)
-        slices.append([])
-        for k, point in enumerate(walk(predict, schedule, x_t[rows], t[rows], steps, guide)):
-            if keep_path:
-                slices[-1].append(point)
-            on = rows[point.active.cpu()]
-            if not len(on):
-                break
-            active[on, k] = True
-            last_estimate[on] = point.x0_hat[point.active]
-            verdicts.append((on, k, judge(last_estimate[on], on)))
-        if keep_path:  # the last point is one without an active row if the walk ended early
-            slices[-1] += [slices[-1][-1]] * (steps - len(slices[-1]))
+    with beginning(waits):
+        for rows in torch.arange(len(x_t)).split(batch_size):
+            predict, guide = model(rows)
+            slices.append([])
+            for k, point in enumerate(walk(predict, schedule, x_t[rows], t[rows], steps, guide)):
+                if keep_path:
+                    slices[-1].append(point)
+                on = rows[point.active.cpu()]
+                if not len(on):
+                    break
+                active[on, k] = True
+                last_estimate[on] = point.x0_hat[point.active]
+                judged.append((on, k))
+                waits.append(judge(last_estimate[on], on))
+            if keep_path:  # the last point is one without an active row if the walk ended early
+                slices[-1] += [slices[-1][-1]] * (steps - len(slices[-1]))
     path = [Step(*map(torch.cat, zip(*points, strict=True))) for points in zip(*slices, strict=True)]
-    return Scores(*_collect(verdicts, active.shape), active, last_estimate, path)
+    return Scores(*_collect(judged, waits, active.shape), active, last_estimate, path)
 
 
 @torch.no_grad()
-def score_samples(judge: Judge, x_0: Tensor, rows: Tensor, batch_size: int) -> Scores:
-    """Judge R of the clean latents x_0, those of `rows` (R,), `batch_size` at a time: scores of one step, no path."""
+def begin_samples(judge: Judge, x_0: Tensor, rows: Tensor, batch_size: int) -> Callable[[], Scores]:
+    """Begin to judge R of the clean latents x_0, those of `rows` (R,), `batch_size` at a time.
+
+    What is returned waits for their scores, of one step and without a path.
+    """
     active = torch.ones(len(rows), 1, dtype=torch.bool)
-    parts = torch.arange(len(rows)).split(batch_size)
-    verdicts = [(part, 0, judge(x_0[rows[part]], rows[part])) for part in parts]
-    return Scores(*_collect(verdicts, active.shape), active, x_0[rows], [])
+    parts, waits = torch.arange(len(rows)).split(batch_size), []
+    with beginning(waits):
+        for part in parts:
+            waits.append(judge(x_0[rows[part]], rows[part]))
+    return lambda: Scores(*_collect([(part, 0) for part in parts], waits, active.shape), active, x_0[rows], [])
 
 
 def _collect(
-    verdicts: Sequence[tuple[Tensor, int, Callable[[], tuple[Tensor, Mapping[str, Tensor]]]]], shape: tuple[int, int]
+    judged: Sequence[tuple[Tensor, int]], waits: Sequence[Callable[[], Verdict]], shape: tuple[int, int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Wait for the rewards of (rows, step): all of them and their components as tensors of `shape` (R, m)."""
     rewards, components = torch.zeros(shape), {}
-    for rows, k, wait in verdicts:
-        rewards[rows, k], parts = wait()
+    for (rows, k), (total, parts) in zip(judged, wait_for_all(waits), strict=True):
+        rewards[rows, k] = total
         for name, values in parts.items():
             components.setdefault(name, torch.full(shape, torch.nan))[rows, k] = values
     return rewards, components

@@ -15,6 +15,7 @@ from reward import load_reward
 from sharpening.errors import UserError
 from sharpening.grader import BadReplyError, Grades, read_grades
 from sharpening.scoring import RewardError
+from sharpening.trajectory import begin_samples
 from tests.grader_server import ASPECTS, Action, grades
 
 KEY = "sk-planted-grader-key-4711"
@@ -55,6 +56,29 @@ def test_batches_that_have_begun_are_graded_together(concurrency, at_once, serve
     waits = [reward.begin(pictures(2, seed), [f"prompt {2 * seed}", f"prompt {2 * seed + 1}"]) for seed in (0, 1)]
     assert [wait()[0].tolist() for wait in waits] == [pytest.approx([0, 0.1]), pytest.approx([0.2, 0.3])]
     assert server.most_at_once == at_once
+
+
+def test_grades_under_way_are_kept_when_others_fail(server, grader, tmp_path):
+    """They are paid for: what was begun is waited for before the failure is raised."""
+    server.plan["refused"] = [Action(None, refusal="no")]
+    server.plan["slow"] = [Action(delay=0.5)]
+    reward = grader()
+
+    def judge(latents, rows):
+        return reward.begin(pictures(1), ["refused" if rows[0] == 0 else "slow"])
+
+    with pytest.raises(RewardError, match="refused"):
+        begin_samples(judge, torch.zeros(2, 4, 2, 2), torch.arange(2), batch_size=1)()
+    assert len([*(tmp_path / "cache").rglob("*.json")]) == 1
+
+    def broken(latents, rows):
+        if rows[0] == 1:
+            raise RewardError("other", "failed", [1], ["b"])
+        return reward.begin(pictures(1, seed=1), ["slow"])
+
+    with pytest.raises(RewardError, match="other failed"):
+        begin_samples(broken, torch.zeros(2, 4, 2, 2), torch.arange(2), batch_size=1)
+    assert len([*(tmp_path / "cache").rglob("*.json")]) == 2
 
 
 def test_request_holds_the_template_the_prompt_as_data_and_the_image(server, grader):

@@ -20,7 +20,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 # Runs the real script on every rank and compares the weights of the ranks before their group is dissolved.
 COMPARING_RANKS = """
-import hashlib, runpy, sys, time
+import hashlib, runpy, sys
 import torch
 from accelerate import Accelerator
 from sharpening import run
@@ -35,8 +35,7 @@ def compare(self):
     digests = [None] * self.num_processes
     torch.distributed.all_gather_object(digests, digest.hexdigest())
     print(f"RANKS {len(digests)} DISTINCT {len(set(digests))}", flush=True)
-    self.wait_for_everyone()
-    time.sleep(run.SECONDS_TO_RELEASE)  # see run.finish
+    run.let_gloo_release(self)
     end_training(self)
 
 Accelerator.end_training = compare

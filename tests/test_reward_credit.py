@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sharpening import sdxl, shapes
-from sharpening.trajectory import generate, score_branches, score_samples
+from sharpening.trajectory import begin_samples, generate, score_branches
 
 
 @pytest.mark.slow
@@ -24,7 +24,7 @@ def test_estimates_along_a_branch_tell_the_better_latent_at_low_noise_only(tiny_
     every = torch.arange(len(prompts))
     with torch.no_grad():
         latents = generate(*model_of(every)[:1], schedule, torch.randn(len(prompts), 4, 8, 8, generator=generator))
-    samples = score_samples(judge, latents, every, 96).rewards.view(-1, 2)
+    samples = begin_samples(judge, latents, every, 96)().rewards.view(-1, 2)
     difference = samples[:, 0] - samples[:, 1]
     far = difference.abs() > 0.2
     assert far.sum() > 40

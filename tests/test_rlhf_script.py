@@ -201,8 +201,13 @@ def test_generation_equals_the_pipeline_of_the_current_model(train, flags, world
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, pytest.param(SAMPLES, marks=pytest.mark.slow), pytest.param({"use_lora": True}, marks=pytest.mark.slow)],
-    ids=["trajectory", "sample", "LoRA"],
+    [
+        {},
+        pytest.param(SAMPLES, marks=pytest.mark.slow),
+        pytest.param({**SAMPLES, "generate_with": "reference"}, marks=pytest.mark.slow),
+        pytest.param({"use_lora": True}, marks=pytest.mark.slow),
+    ],
+    ids=["trajectory", "sample", "reference", "LoRA"],
 )
 def test_resume_amid_a_reused_generation_is_exact(extra, train, flags, tmp_path):
     """Step 4 of 6 uses latents that the weights of step 3 made: a checkpoint after step 3 must hold them."""
@@ -312,19 +317,19 @@ def test_policy_gradient_matches_paths_prompts_and_rewards_across_slices(train, 
 
         monkeypatch.setattr(module, name, recorded)
 
-    record(draws, "draw_path"), record(trajectory, "sample_path"), record(trajectory, "score_samples")
+    record(draws, "draw_path"), record(trajectory, "sample_path"), record(trajectory, "begin_samples")
     record(script, "policy_losses")
     options = {**POLICY, "num_noisy_latents": 4, "trajectory_nums": 2, "infer_steps": 4, "max_train_steps": 1}
     assert train(flags(**options, generation_batch_size=3, score_batch_size=5)) == 0
     ((_, (_, kept)),) = seen["draw_path"]
-    (((_, latents, *_), scores),) = seen["score_samples"]
+    (((_, latents, *_), scores),) = seen["begin_samples"]
     (((_, schedule, path, advantage, _), _),) = seen["policy_losses"]
     assert torch.equal(latents, torch.cat([x_0 for _, (x_0, _) in seen["sample_path"]]))
     for k, transition in enumerate(path):
         assert torch.equal(transition.t, schedule.timesteps[kept.flatten(0, 1)[:, k]])
         own = torch.cat([transitions[k].x for _, (_, transitions) in seen["sample_path"]])
         assert torch.equal(transition.x, own)
-    rewards = scores.rewards.view(2, 4, 1)
+    rewards = scores().rewards.view(2, 4, 1)
     expected = trajectory.advantages(trajectory.select(rewards, torch.ones_like(rewards, dtype=torch.bool)))
     assert torch.equal(advantage, expected.flatten()) and advantage.abs().max() > 0.5
 

@@ -351,7 +351,8 @@ def test_dropped_prompts_train_without_and_are_judged_with_their_caption(train, 
     def record_generation(predict, schedule, x, guide=None):
         """What is generated (RLHF) is for the prompt: only the training on it drops the prompt."""
         predict(x, torch.zeros(len(x), dtype=torch.int64))
-        assert seen.pop().min() > 0
+        with_prompt, without = seen.pop().split(len(x))
+        assert with_prompt.min() > 0 and without.max() == 0  # the latter for guidance
         return x
 
     monkeypatch.setattr("sharpening.trajectory.generate", record_generation)
@@ -455,7 +456,7 @@ def test_dry_run_does_not_wait_for_the_models_code_to_be_imported(method, flags)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("weights", ["whole", "sharded", "of a variant", "absent", "damaged"])
+@pytest.mark.parametrize("weights", ["whole", "sharded", "of a variant", "absent", "damaged", "damaged index"])
 def test_parameters_are_counted_without_the_model(weights, world, tmp_path):
     from sharpening import launching
 
@@ -464,17 +465,20 @@ def test_parameters_are_counted_without_the_model(weights, world, tmp_path):
         enable_npu_flash_attention=False,
     )  # fmt: skip
     variant = "fp16" if weights == "of a variant" else None
-    options = {"max_shard_size": "20KB"} if weights == "sharded" else {"variant": variant}
+    sharded = weights in ("sharded", "damaged index")
+    options = {"max_shard_size": "20KB"} if sharded else {"variant": variant}
     UNet2DConditionModel.from_pretrained(world.model, subfolder="unet").save_pretrained(tmp_path / "unet", **options)
     files = list((tmp_path / "unet").glob("*.safetensors"))
-    assert (len(files) > 1) == (weights == "sharded")
+    assert (len(files) > 1) == sharded
+    for index in (tmp_path / "unet").glob("*.index.json") if weights == "damaged index" else ():
+        index.write_text(index.read_text()[:50])
     for file in files:
         if weights == "absent":
             file.unlink()
         elif weights == "damaged":
             file.write_bytes(file.read_bytes()[:100])
     copy = model_source.Source("pretrained_model_name_or_path", str(tmp_path), variant=variant)
-    assert bool(copy.shapes("unet")) == (weights not in ("absent", "damaged"))
+    assert bool(copy.shapes("unet")) == (weights in ("whole", "sharded", "of a variant"))
     for args.use_lora in (False, True):
         source = model_source.Source("pretrained_model_name_or_path", str(world.model))
         unet = sdxl.load_unet(args, source, torch.device("cpu"), torch.float32)

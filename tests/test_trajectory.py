@@ -10,13 +10,13 @@ from diffusers.training_utils import compute_snr
 from sharpening.trajectory import (
     Schedule,
     Step,
+    begin_samples,
     branch_target,
     classifier_free_guidance,
     ddim_step,
     generate,
     masked_mean,
     score_branches,
-    score_samples,
     select,
     squared_error,
     walk,
@@ -241,7 +241,7 @@ def test_no_reward_is_waited_for_before_every_step_is_walked():
     scores = score_branches(lambda rows: (predict, None), judge, schedule, x_t, t, 3, batch_size=2)
     assert events == ["forward", "begin"] * 6 + ["wait"] * 6
     events.clear()
-    samples = score_samples(judge, scores.last_estimate, torch.arange(4), batch_size=2)
+    samples = begin_samples(judge, scores.last_estimate, torch.arange(4), batch_size=2)()
     assert events == ["begin"] * 2 + ["wait"] * 2
     torch.testing.assert_close(samples.rewards[:, 0], scores.rewards[:, 2])
 
