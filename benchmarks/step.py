@@ -244,11 +244,14 @@ class Rivals:
         self.update(loss)
 
     @torch.no_grad()
+    def forward(self) -> Tensor:
+        """The UNet's output for one row, without gradient."""
+        with self.autocast():
+            return naive.forward(self.unet, self.noise(1), self.timestep(), self.condition(1))
+
     def branch_step(self) -> None:
         """What a step of one branch cannot do without."""
-        with self.autocast():
-            output = naive.forward(self.unet, self.noise(1), self.timestep(), self.condition(1))
-        brightness(sdxl.decode_latents(self.decoder, output, 1), [])
+        brightness(sdxl.decode_latents(self.decoder, self.forward(), 1), [])
 
 
 def first_timestep(args: argparse.Namespace) -> int:
@@ -326,10 +329,12 @@ def measure(args: argparse.Namespace, folder: Path, beside: Sequence[str] = RIVA
             flops = counting.pop()
             flops.__exit__(None, None, None)
             result["flops"]["script"] = flops.get_total_flops()
-            for name, rival in others.items():
+            for name, work in {**others, "forward": rivals.forward}.items():
                 with FlopCounterMode(display=False) as flops:
-                    rival()
+                    work()
                 result["flops"][name] = flops.get_total_flops()
+            rows = args.batch * args.num_noisy_latents * args.trajectory_nums
+            result["flops"]["score"] = rows * result["flops"].pop("forward")
         elif index == 2:
             memory, peak = counting.pop()
             memory.__exit__(None, None, None)
@@ -385,6 +390,8 @@ def report(result: dict) -> str:
         )
     names = list(dict.fromkeys(name for phases in result["phases"] for name in phases))
     spent = {name: statistics.median(phases.get(name, 0.0) for phases in result["phases"]) for name in names}
+    rate = result["flops"]["score"] / spent["score"]
+    lines.append(f"      score  {rate / 1e12:.3f} TFLOP/s, {rate / result['matmul_peak']:.0%} of the matrix product's")
     lines.append("     phases  " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in spent.items()))
     for rival in ("naive", "plain"):
         memory = result["peak_bytes"]["script"] / result["peak_bytes"][rival]

@@ -123,6 +123,7 @@ def test_step_benchmark_counts_the_work_of_the_method(method, tmp_path):
         "script": (generated + n * m + compared) * forward + pair * m * trained + n * m * decode,
         "plain": trained,
         "branch_step": forward + decode,
+        "score": n * m * forward,
     }
     assert {name: found["flops"][name] for name in expected} == {
         name: pytest.approx(count, rel=0.002) for name, count in expected.items()
