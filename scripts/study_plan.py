@@ -195,13 +195,15 @@ def make_plan(size: Size, output_dir: Path, decode: float) -> Plan:
     data["validation_prompts_file"] = output_dir / "held_out_prompts.txt"
     of_images = {**COMMON, **data, **IMAGES, "train_data_dir": output_dir / "shapes"}
     of_prompts = {**COMMON, **data, "prompts_file": output_dir / "prompts.txt"}
+    rate_of_images = short(IMAGES["learning_rate"])
+    of_figure_4 = {f"sft_{rate_of_images}_{which}" for which in ("n3_m3", "n1_m1", "n1_m1_long")}  # shown over time
 
     def run(name: str, script: str, seed: int, updates: int | None = None, rounds: int = 1, **flags: object) -> Run:
         flags = {**(of_images if script == "sft" else of_prompts), **flags}
         each, before = compute_per_update(script, flags, decode), compute_before(flags, decode)
         updates = updates or max(2, int((size.compute / rounds - before) / each))
         flags |= {"lr_warmup_steps": max(1, updates // 10), "num_validation_images": size.validation_images}
-        flags["validation_steps"] = max(1, updates // 6) if seed == 0 else 0  # of one seed a curve is shown
+        flags["validation_steps"] = max(1, updates // 6) if seed == 0 and name in of_figure_4 else 0
         return Run(name, script, updates, seed, flags, rounds * (before + updates * each), rounds)
 
     def per_seed(name: str, script: str, seeds: Sequence[int] = size.seeds, **flags: object) -> list[Run]:
@@ -243,7 +245,7 @@ def make_plan(size: Size, output_dir: Path, decode: float) -> Plan:
         )
 
     def sft(n: int, m: int, seeds: Sequence[int], reward: str = "shapes", data: str = "shapes") -> list[Run]:
-        name = f"sft_{short(5e-4)}_n{n}_m{m}" + ("" if reward == "shapes" else "_worst")
+        name = f"sft_{rate_of_images}_n{n}_m{m}" + ("" if reward == "shapes" else "_worst")
         name += "" if data == "shapes" else f"_{data}"
         flags = {"num_noisy_latents": n, "trajectory_nums": m, "reward_model": reward}
         return per_seed(name, "sft", seeds, updates=size.updates, train_data_dir=output_dir / data, **flags)

@@ -88,9 +88,17 @@ def test_sweeps_vary_one_flag_at_equal_updates(plan):
         runs = [run for runs in sweep.runs.values() for run in runs]
         assert len({run.updates for run in runs}) == 1
         assert [runs[0].flags[flag] for runs in sweep.runs.values()] == list(sweep.runs)
-        others = [{k: v for k, v in run.flags.items() if k != flag} for run in runs if run.seed == 0]
+        varied = (flag, "validation_steps")  # the latter changes nothing that is learned
+        others = [{k: v for k, v in run.flags.items() if k not in varied} for run in runs if run.seed == 0]
         assert all(other == others[0] for other in others)
     assert [list(sweep.runs) for sweep in plan.sweeps] == [[1, 2, 3, 4, 8], [2, 3, 4, 8], *[[1, 2, 3, 4, 8]] * 2]
+
+
+def test_only_what_figure_4_shows_over_time_is_validated_in_training(plan):
+    validated = {run.key for run in plan.runs() if run.flags["validation_steps"]}
+    rate = study_plan.IMAGES["learning_rate"]
+    shown = {runs[0].key for (of, _), runs in plan.settle.items() if of == rate}
+    assert validated == shown and len(shown) == 3
 
 
 def test_every_command_is_understood_and_every_run_has_a_folder_of_its_own(plan, folder):
