@@ -215,12 +215,14 @@ class Rivals:
     def naive(self) -> None:
         """The algorithm read literally; RLHF generates a latent for each branch, as the released code does."""
         n, total = self.args.num_noisy_latents, 0.0
-        with self.autocast():
-            for _ in range(self.args.batch):
-                condition = self.condition(1).rows(torch.zeros(n, dtype=torch.long))
-                x_0 = self.noise(1).expand(n, -1, -1, -1)
-                if self.args.method == "rlhf":
+        for _ in range(self.args.batch):
+            condition = self.condition(1).rows(torch.zeros(n, dtype=torch.long))
+            x_0 = self.noise(1).expand(n, -1, -1, -1)
+            if self.args.method == "rlhf":
+                # In a context of its own: autocast would reuse the weights that it casts here, without a gradient.
+                with self.autocast():
                     x_0 = naive.generate(self.unet, self.scheduler, self.noise(n), condition)
+            with self.autocast():
                 rewards, errors, reference_errors = naive.walk(
                     self.unet, self.vae, self.scheduler, lambda images: brightness(images, []), condition, x_0,
                     self.noise(n), self.timestep(), self.args.trajectory_nums, self.reference,
@@ -229,7 +231,7 @@ class Rivals:
                     loss = naive.sft_loss(rewards, errors)
                 else:
                     loss = naive.rlhf_loss(rewards, errors, reference_errors, BETA)
-                total = total + loss / self.args.batch
+            total = total + loss / self.args.batch
         self.update(total)
 
     def plain(self) -> None:

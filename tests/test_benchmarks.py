@@ -141,6 +141,13 @@ def test_step_benchmark_counts_the_work_of_the_method(method, tmp_path):
 
 
 @pytest.mark.slow
+def test_step_benchmark_takes_the_configurations_of_the_scripts():
+    switches = ["--use_lora", "--gradient_checkpointing", "--decoder", "tiny", "--mixed_precision", "bf16"]
+    result = run("step", "--model", "tiny", "--method", "rlhf", "--rounds", 1, "--batch", 2, *switches)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_cost_of_branches_is_a_line_through_them():
     result = run("branches", "--model", "tiny", "--rounds", 2, "--n", 1, 4, "--m", 1, 2)
     assert result.returncode == 0, result.stderr[-3000:]
