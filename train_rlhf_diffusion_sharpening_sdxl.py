@@ -22,8 +22,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from sharpening import arguments
-from sharpening.arguments import parse, require, shared_parser, validate_schedule
-from sharpening.errors import UserError
+from sharpening.arguments import parse, require, require_at_least_1, shared_parser, validate_schedule
+from sharpening.errors import exit_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -124,8 +124,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parse(parser, argv, PRESETS)
     n = args.num_noisy_latents
     require(n >= 2, f"--num_noisy_latents is {n}, but a preference needs 2 branches or more; raise it")
-    for name in ("generation_batch_size", "generation_reuse", "reference_sets"):
-        require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
+    require_at_least_1(args, "generation_batch_size", "generation_reuse", "reference_sets")
     for name in ("guidance_scale", "reward_margin_scale"):
         require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}, but it must not be negative")
     require(args.beta_dpo > 0, f"--beta_dpo is {args.beta_dpo}, but it must be above 0")
@@ -659,11 +658,7 @@ def main(args: argparse.Namespace) -> int:
 
 def cli(argv: Sequence[str]) -> int:
     """`main` on a command line; a `UserError` becomes one sentence on stderr and status 2."""
-    try:
-        return main(parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: main(parse_args(argv)))
 
 
 if __name__ == "__main__":

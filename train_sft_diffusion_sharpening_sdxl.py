@@ -19,7 +19,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from sharpening.arguments import parse, shared_parser, validate_schedule
-from sharpening.errors import UserError
+from sharpening.errors import exit_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -302,11 +302,7 @@ def main(args: argparse.Namespace) -> int:
 
 def cli(argv: Sequence[str]) -> int:
     """`main` on a command line; a `UserError` becomes one sentence on stderr and status 2."""
-    try:
-        return main(parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: main(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import step
-from benchmarks.machine import describe_machine
+from benchmarks.reporting import describe_machine
 from sharpening.arguments import require
-from sharpening.errors import UserError
+from sharpening.errors import exit_status
 
 OF_BRANCHES = ("score", "decode", "reward")
 
@@ -63,8 +63,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

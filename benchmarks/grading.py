@@ -21,11 +21,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import describe_machine
+from benchmarks.reporting import describe_machine, spread
 from reward import load_reward
 from sharpening import sdxl
-from sharpening.arguments import OneSentenceParser, require
-from sharpening.errors import UserError
+from sharpening.arguments import OneSentenceParser, require, require_at_least_1
+from sharpening.errors import exit_status
 from sharpening.model_source import Source
 from sharpening.trajectory import Schedule, Scores, score_branches
 from tests.grader_server import Action, GraderServer
@@ -73,8 +73,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--concurrency", type=int, default=32, help="grades under way at once")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
-    for name in ("num_noisy_latents", "trajectory_nums", "concurrency", "rounds"):
-        require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
+    require_at_least_1(args, "num_noisy_latents", "trajectory_nums", "concurrency", "rounds")
     require(args.seconds >= 0, f"--seconds is {args.seconds}, but it must not be negative")
     spent: dict[bool, list[float]] = {False: [], True: []}
     with GraderServer() as server, tempfile.TemporaryDirectory() as cache:
@@ -90,14 +89,11 @@ def main(argv: list[str]) -> int:
     shares = [beside / waiting for beside, waiting in zip(spent[False], spent[True], strict=True)]
     print(f"{describe_machine()}; {' '.join(argv)}")
     ours = statistics.median(spent[False])
-    spread = f"{statistics.median(shares):.2f}x ({min(shares):.2f} to {max(shares):.2f})"
-    print(f"{args.seconds:g} s a grade: {ours:.2f} s a score pass, {spread} of the time of waiting at every step")
+    print(
+        f"{args.seconds:g} s a grade: {ours:.2f} s a score pass, {spread(shares)} of the time of waiting at every step"
+    )
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

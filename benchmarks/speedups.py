@@ -13,7 +13,6 @@ import copy
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,26 +22,21 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import describe_machine
 from benchmarks.models import SIZES, TINY_DECODER, write_pipeline
-from benchmarks.step import peak_memory, synchronise
+from benchmarks.reporting import describe_machine, spread
+from benchmarks.step import peak_memory, random_condition, timed
 from sharpening import sdxl
-from sharpening.arguments import OneSentenceParser, require
-from sharpening.errors import UserError
+from sharpening.arguments import OneSentenceParser, require_at_least_1
+from sharpening.errors import exit_status
 
 Work = Callable[[], object]
 
 
 def forwards(unet: UNet2DConditionModel, rows: int, times: int, size: int, dtype: torch.dtype) -> Work:
     """A function that puts `rows` rows through the UNet, `times` times, without gradient."""
-    config, device = unet.config, unet.device
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    device = unet.device
     x = torch.randn(rows, 4, size, size, device=device)
-    condition = sdxl.Condition(
-        torch.randn(rows, 77, config.cross_attention_dim, device=device),
-        torch.randn(rows, pooled, device=device),
-        sdxl.default_time_ids(rows, 8 * size, device),
-    )
+    condition = random_condition(unet, rows, 8 * size)
     t = torch.full((rows,), 500, device=device)
 
     @torch.no_grad()
@@ -69,10 +63,6 @@ def updates(unet: UNet2DConditionModel, **options: object) -> Work:
     return optimizer.step
 
 
-def channels_last(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).to(memory_format=torch.channels_last)
-
-
 def fused_qkv(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     fused = copy.deepcopy(unet)
     fused.fuse_qkv_projections()
@@ -90,12 +80,18 @@ def pairs(folder: Path, device: torch.device, size: int, compiled: bool) -> dict
         return forwards(model, rows, times, size, dtype)
 
     found = {
-        "decode, channels last, 1 latent": (decodes(vae, 1, size), decodes(channels_last(vae), 1, size)),
-        "decode, channels last, 3 latents": (decodes(vae, 3, size), decodes(channels_last(vae), 3, size)),
+        "decode, channels last, 1 latent": (
+            decodes(vae, 1, size),
+            decodes(sdxl.channels_last(copy.deepcopy(vae)), 1, size),
+        ),
+        "decode, channels last, 3 latents": (
+            decodes(vae, 3, size),
+            decodes(sdxl.channels_last(copy.deepcopy(vae)), 3, size),
+        ),
         "decode in bf16, 1 latent": (decodes(vae, 1, size), decodes(copy.deepcopy(vae).to(half), 1, size)),
         "decode by a small decoder, 3 latents": (decodes(vae, 3, size), decodes(small, 3, size)),
         "forward in bf16, 3 rows": (forward(unet), forward(unet, dtype=half)),
-        "forward, channels last, 3 rows": (forward(unet), forward(channels_last(unet))),
+        "forward, channels last, 3 rows": (forward(unet), forward(sdxl.channels_last(copy.deepcopy(unet)))),
         "forward, fused QKV, 3 rows": (forward(unet), forward(fused_qkv(unet))),
         "2 rows in a forward, not 2 forwards": (forward(unet, 1, 2), forward(unet, 2)),
         "AdamW, fused against a loop": (updates(unet, foreach=False), updates(unet, fused=True)),
@@ -104,15 +100,6 @@ def pairs(folder: Path, device: torch.device, size: int, compiled: bool) -> dict
     if compiled:
         found["forward, torch.compile, 3 rows"] = (forward(unet), forward(torch.compile(unet, dynamic=False)))
     return found
-
-
-def timed(work: Work) -> float:
-    """Seconds of a call."""
-    synchronise()
-    started = time.perf_counter()
-    work()
-    synchronise()
-    return time.perf_counter() - started
 
 
 def main(argv: list[str]) -> int:
@@ -125,7 +112,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
-    require(args.rounds >= 1, f"--rounds is {args.rounds}, but it must be at least 1")
+    require_at_least_1(args, "rounds")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     lines = []
     with tempfile.TemporaryDirectory() as name:
@@ -143,9 +130,9 @@ def main(argv: list[str]) -> int:
                 with peak_memory(peak):
                     work()
             memory = " and ".join(f"{peak['peak'] / 2**30:.2f}" for peak in peaks)
-            spread = f"{statistics.median(shares):.2f}x ({min(shares):.2f} to {max(shares):.2f})"
+            median = statistics.median(seconds)
             lines.append(
-                f"{what:>38}  {statistics.median(seconds):7.3f} s  {spread}, peak without and with {memory} GiB"
+                f"{what:>38}  {median:7.3f} s  {spread(shares)}, peak without and with {memory} GiB"
                 + (f", {first:.0f} s to compile" if "compile" in what else "")
             )
     print(f"{describe_machine()}; {' '.join(argv)}")
@@ -154,8 +141,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

@@ -19,9 +19,9 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import describe_machine
-from sharpening.arguments import OneSentenceParser, require
-from sharpening.errors import UserError
+from benchmarks.reporting import describe_machine
+from sharpening.arguments import OneSentenceParser, require_at_least_1
+from sharpening.errors import exit_status
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_sft_diffusion_sharpening_sdxl", "train_rlhf_diffusion_sharpening_sdxl")
@@ -87,8 +87,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5, help="launches of each command")
     args = parser.parse_args(argv)
-    for name in ("images", "rounds"):
-        require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
+    require_at_least_1(args, "images", "rounds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run(["scripts/make_shapes_dataset.py", f"--output_dir={folder / 'shapes'}", f"--num_images={args.images}"])
@@ -107,8 +106,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

@@ -30,6 +30,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,11 +38,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import naive
-from benchmarks.machine import describe_machine
 from benchmarks.models import SIZES, TINY_DECODER, write_pipeline
+from benchmarks.reporting import describe_machine, spread
 from sharpening import model_source, run, sdxl
 from sharpening.arguments import OneSentenceParser, require
-from sharpening.errors import UserError
+from sharpening.errors import exit_status
 from tests.objective import LiveMemory
 
 SCRIPTS = {"sft": "train_sft_diffusion_sharpening_sdxl", "rlhf": "train_rlhf_diffusion_sharpening_sdxl"}
@@ -164,6 +165,24 @@ def peak_memory(result: dict[str, float]) -> Iterator[None]:
     result["peak"] = memory.peak
 
 
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    synchronise()
+    started = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def random_condition(unet: UNet2DConditionModel, rows: int, resolution: int) -> sdxl.Condition:
+    """What a UNet takes beside latents, made up for images of `resolution` pixels."""
+    config = unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    parts = [torch.randn(rows, 77, config.cross_attention_dim), torch.randn(rows, pooled)]
+    time_ids = sdxl.default_time_ids(rows, resolution, unet.device)
+    return sdxl.Condition(*(part.to(unet.device) for part in parts), time_ids)
+
+
 class Rivals:
     """The same step by other means, on a UNet of their own; a batch is random, of the script's shapes."""
 
@@ -191,11 +210,7 @@ class Rivals:
         self.generator = torch.Generator().manual_seed(0)
 
     def condition(self, rows: int) -> sdxl.Condition:
-        config = self.unet.config
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        parts = [torch.randn(rows, 77, config.cross_attention_dim), torch.randn(rows, pooled)]
-        time_ids = sdxl.default_time_ids(rows, self.args.resolution, self.device)
-        return sdxl.Condition(*(part.to(self.device) for part in parts), time_ids)
+        return random_condition(self.unet, rows, self.args.resolution)
 
     def noise(self, rows: int) -> Tensor:
         return torch.randn(rows, *self.shape, generator=self.generator).to(self.device)
@@ -300,11 +315,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
-        synchronise()
-        started = time.perf_counter()
-        left @ right
-        synchronise()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, timed(lambda: left @ right))
     return 2 * size**3 / best
 
 
@@ -348,12 +359,9 @@ def measure(args: argparse.Namespace, folder: Path, beside: Sequence[str] = RIVA
                 result["peak_bytes"][name] = peak["peak"]
         else:
             for name, rival in others.items():
-                synchronise()
-                started = time.perf_counter()
-                rival()
-                synchronise()
+                seconds = timed(rival)
                 if index:
-                    result["seconds"][name].append(time.perf_counter() - started)
+                    result["seconds"][name].append(seconds)
             if index:
                 result["phases"].append(phases)
                 result["seconds"]["script"].append(sum(phases.values()))
@@ -377,7 +385,7 @@ def measure(args: argparse.Namespace, folder: Path, beside: Sequence[str] = RIVA
 def ratio(result: dict, to: str) -> str:
     """The script's seconds as a share of a rival's, step by step: median and range."""
     shares = [ours / theirs for ours, theirs in zip(result["seconds"]["script"], result["seconds"][to], strict=True)]
-    return f"{statistics.median(shares):.2f}x ({min(shares):.2f} to {max(shares):.2f})"
+    return spread(shares)
 
 
 def report(result: dict) -> str:
@@ -452,8 +460,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

@@ -31,10 +31,11 @@ from sharpening.arguments import (
     check_reward_flags,
     looks_local,
     require,
+    require_at_least_1,
     reward_flags,
 )
 from sharpening.benchmark_export import KINDS, check_export, export, read_geneval_metadata
-from sharpening.errors import UserError
+from sharpening.errors import exit_status
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,8 +99,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cache_dir", help="where models and grades are cached")
     add_reward_flags(parser.add_argument_group("reward"))
     args = parser.parse_args(argv)
-    for name in ("num_images", "num_inference_steps", "batch_size", "grid_images"):
-        require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
+    require_at_least_1(args, "num_images", "num_inference_steps", "batch_size", "grid_images")
     require(args.guidance_scale >= 0, f"--guidance_scale is {args.guidance_scale}, but it must not be negative")
     require(args.num_inference_steps <= 1000, f"--num_inference_steps is {args.num_inference_steps}, at most 1000")
     require(
@@ -269,10 +269,7 @@ def without_nan(value: object) -> object:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_status(lambda: main(sys.argv[1:])))
     except RuntimeError as error:
         from sharpening.scoring import RewardError
 

@@ -42,7 +42,7 @@ from scripts.study_plan import (
 )
 from scripts.study_report import Report
 from sharpening.arguments import OneSentenceParser, require
-from sharpening.errors import UserError
+from sharpening.errors import UserError, exit_status
 
 
 class Failed(RuntimeError):
@@ -241,10 +241,7 @@ def politely(work: Callable[[], int]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        return work()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_status(work)
     except Failed as error:
         print(f"error: {error}; the same command goes on with the rest", file=sys.stderr)
         return 1

@@ -245,12 +245,11 @@ def validate(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flag and the remedy.
     """
-    for name in (
-        "num_noisy_latents", "trajectory_nums", "infer_steps", "train_batch_size", "gradient_accumulation_steps",
+    require_at_least_1(
+        args, "num_noisy_latents", "trajectory_nums", "infer_steps", "train_batch_size", "gradient_accumulation_steps",
         "num_train_epochs", "score_batch_size", "decode_batch_size", "checkpointing_steps", "num_validation_images",
         "branch_image_steps", "lora_rank",
-    ):  # fmt: skip
-        require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, but it must be at least 1")
+    )  # fmt: skip
     for name in ("max_train_samples", "max_train_steps", "checkpoints_total_limit"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name} is {value}, but it must be at least 1, or left out")
@@ -324,6 +323,13 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_at_least_1(args: argparse.Namespace, *names: str) -> None:
+    """Raise a `UserError` that names the first of these flags whose number is below 1."""
+    for name in names:
+        value = getattr(args, name)
+        require(value >= 1, f"--{name} is {value}, but it must be at least 1")
 
 
 def looks_local(name: str) -> bool:

@@ -1,7 +1,8 @@
 """Errors as the person at the keyboard reads them."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -10,6 +11,15 @@ class UserError(Exception):
     The message is one sentence that names the flag or the file and the remedy. The scripts print it without a stack
     trace and exit with status 2.
     """
+
+
+def exit_status(work: Callable[[], int]) -> int:
+    """What `work` returns; a `UserError` becomes one sentence on stderr and status 2."""
+    try:
+        return work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def first_line(error: BaseException, secret: str | None = None) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharpening.arguments import OneSentenceParser, add_reward_flags, check_reward_flags, reward_flags
-from sharpening.errors import UserError, first_line
+from sharpening.errors import UserError, exit_status, first_line
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -184,8 +184,4 @@ def write(path: Path, rows: list[tuple[str, str, dict[str, float | None]]]) -> N
 
 def cli(argv: Sequence[str]) -> int:
     """`main` on a command line; a `UserError` becomes one sentence on stderr and status 2."""
-    try:
-        return main(parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: main(parse_args(argv)))

@@ -1,7 +1,9 @@
-"""The machine that figures were measured on, by its parts."""
+"""How figures are reported: the machine that they were measured on, and ratios with their spread."""
 
 import os
 import platform
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,3 +22,8 @@ def describe_machine() -> str:
         )
     parts.append(f"torch {torch.__version__} with {torch.get_num_threads()} threads")
     return ", ".join(parts)
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """The median of ratios and their range."""
+    return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
