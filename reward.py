@@ -13,13 +13,13 @@ and train with `--reward_model ./my_reward.py:redness`. That is the whole contra
 - what is returned is a tensor `(B,)` of finite numbers, higher is better. A reward made of parts may return a pair:
   that tensor, and a dictionary of such tensors, which are logged. One that waits for a server may return a function
   without arguments that waits and returns these: branches walk on meanwhile. Anything else stops
-  the run with a `RewardError` that names the reward, the rows and their prompts. `sharpening.scoring.RowsFailed` says
-  that some images could not be scored.
+  the run with a `RewardError` that names the reward, the rows and their prompts.
+  `sharpening.rewards.calling.RowsFailed` says that some images could not be scored.
 
 A reward that holds a model is a class with a method `get_reward(images, prompts)`. It is constructed once, with
 those of `device=`, `dtype=` and `cache_dir=` that its constructor has. The classes below follow the same contract;
 each also gets the flags that begin with its name (`--clip_model` as `model=`), and the model that a spec names:
-`clip:ViT-H-14:0.5` is CLIP with that model and the weight 0.5. `sharpening/reward_spec.py` has the grammar.
+`clip:ViT-H-14:0.5` is CLIP with that model and the weight 0.5. `sharpening/rewards/spec.py` has the grammar.
 
 Rewards have scales of their own (each entry states its own): the weights of a sum must allow for them.
 
@@ -40,17 +40,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sharpening import reward_spec, user_rewards
 from sharpening.errors import UserError, first_line
-from sharpening.reward_spec import Component
+from sharpening.rewards import spec as reward_spec
+from sharpening.rewards import user_rewards
+from sharpening.rewards.spec import Component
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
 
-    from sharpening.grader import Failure, Grades
-    from sharpening.scoring import Reward, Scorer
+    from sharpening.rewards.calling import Reward, Scorer
+    from sharpening.rewards.grader import Failure, Grades
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ class CLIPScoreReward:
         dtype: torch.dtype | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        from sharpening.clip import OpenCLIP
+        from sharpening.rewards.clip import OpenCLIP
 
         self.clip = OpenCLIP(f"--clip_model {model}", model, device, dtype, cache_dir)
 
@@ -125,7 +126,7 @@ class ImageRewardReward:
         dtype: torch.dtype | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        from sharpening.image_reward import ImageRewardScorer
+        from sharpening.rewards.image_reward import ImageRewardScorer
 
         self.scorer = ImageRewardScorer(f"--reward_model image_reward:{model}", model, device, dtype, cache_dir)
 
@@ -160,7 +161,7 @@ class CompositionalReward:
         cache_dir: str | None = None,
     ) -> None:
         self.weights, paths = parse_compositional(model or models, weights)
-        from sharpening.image_reward import ImageRewardScorer
+        from sharpening.rewards.image_reward import ImageRewardScorer
 
         self.scorers = {
             name: ImageRewardScorer(f"--compositional_models {name or path}", path, device, dtype, cache_dir)
@@ -184,7 +185,7 @@ class MLLMReward:
         model: name at the endpoint (`--mllm_model`, or `mllm:MODEL` in the spec).
         template: `--mllm_template`, a scheme of `mllm_template/` or a file.
         score: `--mllm_score`, "overall" or "mean" (of the aspects).
-        base_url, api_key, concurrency, timeout, max_retries, max_calls: see `sharpening.grader.Grader`.
+        base_url, api_key, concurrency, timeout, max_retries, max_calls: see `sharpening.rewards.grader.Grader`.
         cache_dir: grades are kept in its `diffusion_sharpening/mllm_grades`; None is the hub library's cache.
 
     Raises:
@@ -209,7 +210,7 @@ class MLLMReward:
         self.template, self.score = load_template(template), score
         from huggingface_hub.constants import HF_HOME
 
-        from sharpening.grader import Grader
+        from sharpening.rewards.grader import Grader
 
         folder = Path(cache_dir or HF_HOME).expanduser() / "diffusion_sharpening" / "mllm_grades"
         self.grader = Grader(
@@ -224,8 +225,8 @@ class MLLMReward:
     def _scores(self, outcomes: Sequence[Grades | Failure]) -> tuple[Tensor, dict[str, Tensor]]:
         import torch
 
-        from sharpening.grader import Failure
-        from sharpening.scoring import RowsFailed
+        from sharpening.rewards.calling import RowsFailed
+        from sharpening.rewards.grader import Failure
 
         reasons = {row: outcome.reason for row, outcome in enumerate(outcomes) if isinstance(outcome, Failure)}
         low, high = self.template.low, self.template.high
@@ -268,7 +269,7 @@ class PickScoreReward:
         import torch
         from transformers import CLIPModel, CLIPProcessor
 
-        from sharpening.preprocessing import device_dtype
+        from sharpening.rewards.preprocessing import device_dtype
 
         self.device, self.dtype = torch.device(device), device_dtype(device, dtype)
         folder = Path(model).expanduser()
@@ -290,7 +291,7 @@ class PickScoreReward:
         import torch
         from torch.nn.functional import normalize
 
-        from sharpening.preprocessing import in_slices, preprocess
+        from sharpening.rewards.preprocessing import in_slices, preprocess
 
         config = self.image_processor
         pixels = preprocess(images.to(self.device), config.crop_size["height"], config.image_mean, config.image_std)
@@ -326,8 +327,8 @@ class HPSv2Reward:
         dtype: torch.dtype | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        from sharpening.checkpoint_files import find_checkpoint
-        from sharpening.clip import OpenCLIP
+        from sharpening.rewards.checkpoint_files import find_checkpoint
+        from sharpening.rewards.clip import OpenCLIP
 
         flag = f"--reward_model hpsv2:{model}"
         architecture, name = _named(model)
@@ -360,9 +361,9 @@ class AestheticReward:
         dtype: torch.dtype | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        from sharpening.checkpoint_files import find_checkpoint, read_state_dict
-        from sharpening.clip import OpenCLIP
-        from sharpening.image_reward import linear_head
+        from sharpening.rewards.checkpoint_files import find_checkpoint, read_state_dict
+        from sharpening.rewards.clip import OpenCLIP
+        from sharpening.rewards.image_reward import linear_head
 
         flag = f"--reward_model aesthetic:{model}"
         path = find_checkpoint(flag, model, "sac+logos+ava1-l14-linearMSE.pth", cache_dir)
@@ -384,8 +385,8 @@ class BLIPVQAReward:
 
     For every noun phrase of the prompt, "a red apple", the probability that BLIP (Li et al. 2022, arXiv 2201.12086)
     answers yes rather than no to "a red apple?"; the score is their product. Range: [0, 1]. The benchmark reports the
-    mean over the images of its colour, shape and texture prompts. `sharpening/blip_vqa.py` says what differs from its
-    code: above all, the phrases are found by rules that know its forms of prompts, not by a parser.
+    mean over the images of its colour, shape and texture prompts. `sharpening/rewards/blip_vqa.py` says what differs
+    from its code: above all, the phrases are found by rules that know its forms of prompts, not by a parser.
 
     Args:
         model: hub id or folder of a transformers BlipForQuestionAnswering with its processor (`blip_vqa:MODEL` in the
@@ -403,7 +404,7 @@ class BLIPVQAReward:
         dtype: torch.dtype | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        from sharpening.blip_vqa import BLIPVQAScorer
+        from sharpening.rewards.blip_vqa import BLIPVQAScorer
 
         self.scorer = BLIPVQAScorer(f"--reward_model blip_vqa:{model}", model, device, dtype, cache_dir)
 
@@ -433,7 +434,7 @@ class CLIPNonSpatialReward:
         dtype: torch.dtype | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        from sharpening.clip import OpenCLIP
+        from sharpening.rewards.clip import OpenCLIP
 
         self.clip = OpenCLIP(f"--reward_model clip_non_spatial:{model}", model, device, dtype, cache_dir)
 
@@ -464,13 +465,13 @@ class ShapesReward:
     """The captioned-shapes world's own judge: the mean of right colour, right shape and right background.
 
     Range: [0, 1]. Prompts must be captions of that world, such as "a red circle on a white background"; any other is
-    an error. Needs no weights. Source: `sharpening/shapes.py`.
+    an error. Needs no weights. Source: `tiny_world/shapes.py`.
     """
 
     def get_reward(self, images: Tensor, prompts: list[str]) -> Tensor:
         import torch
 
-        from sharpening import shapes
+        from tiny_world import shapes
 
         return torch.from_numpy(shapes.score(images.permute(0, 2, 3, 1).cpu().numpy(), prompts))
 
@@ -561,7 +562,7 @@ def load_reward(
         UserError: naming the flag, if the spec is wrong or a reward cannot be imported, constructed or loaded.
         TypeError: a flag is of no entry.
     """
-    from sharpening.scoring import Reward
+    from sharpening.rewards.calling import Reward
 
     flags |= {"device": device, "dtype": dtype}
     for flag in flags:
@@ -596,6 +597,6 @@ def _load_scorer(component: Component, flags: dict[str, object]) -> Scorer:
 
 
 if __name__ == "__main__":
-    from sharpening.score_images import cli
+    from sharpening.rewards.score_images import cli
 
     sys.exit(cli(sys.argv[1:]))

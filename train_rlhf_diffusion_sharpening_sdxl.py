@@ -304,8 +304,9 @@ def main(args: argparse.Namespace) -> int:
     from contextlib import nullcontext
     from pathlib import Path
 
-    from sharpening import launching, model_source
-    from sharpening.prompts import load_prompts
+    from sharpening import model_source
+    from sharpening.data.prompts import load_prompts
+    from sharpening.running import launching
     from sharpening.trajectory import Schedule
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
@@ -354,9 +355,11 @@ def main(args: argparse.Namespace) -> int:
     from torch.utils.data import DataLoader
 
     from reward import load_reward
-    from sharpening import checkpoints, draws, publishing, run, sdxl, tracking
-    from sharpening.encoding_cache import cache_embeddings, collate
-    from sharpening.scoring import RewardError
+    from sharpening import draws, run, sdxl
+    from sharpening.data.encoding_cache import cache_embeddings, collate
+    from sharpening.rewards.calling import RewardError
+    from sharpening.running import checkpoints, publishing, tracking
+    from sharpening.running.validation import Validation, averaged_weights
     from sharpening.trajectory import (
         Transition,
         advantages,
@@ -370,7 +373,6 @@ def main(args: argparse.Namespace) -> int:
         squared_error,
         walk,
     )
-    from sharpening.validation import Validation, averaged_weights
     from sharpening.waiting import beginning, wait_for_all
 
     run.quiet_libraries()

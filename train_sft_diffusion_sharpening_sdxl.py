@@ -91,8 +91,9 @@ def main(args: argparse.Namespace) -> int:
     from contextlib import nullcontext
     from pathlib import Path
 
-    from sharpening import launching, model_source
-    from sharpening.captioned_images import load_captioned_images
+    from sharpening import model_source
+    from sharpening.data.captioned_images import load_captioned_images
+    from sharpening.running import launching
     from sharpening.trajectory import Schedule
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
@@ -131,11 +132,12 @@ def main(args: argparse.Namespace) -> int:
     from torch.utils.data import DataLoader
 
     from reward import load_reward
-    from sharpening import checkpoints, draws, publishing, run, sdxl, tracking
-    from sharpening.encoding_cache import cache_latents_and_embeddings, collate
-    from sharpening.scoring import RewardError
+    from sharpening import draws, run, sdxl
+    from sharpening.data.encoding_cache import cache_latents_and_embeddings, collate
+    from sharpening.rewards.calling import RewardError
+    from sharpening.running import checkpoints, publishing, tracking
+    from sharpening.running.validation import Validation, averaged_weights
     from sharpening.trajectory import score_branches, select
-    from sharpening.validation import Validation, averaged_weights
 
     run.quiet_libraries()
     checkpoint = checkpoints.prepare_output(accelerator, args)

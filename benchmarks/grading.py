@@ -19,8 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.reporting import describe_machine, spread
 from reward import load_reward
 from sharpening import sdxl
@@ -28,9 +26,9 @@ from sharpening.arguments import OneSentenceParser, require, require_at_least_1
 from sharpening.errors import exit_status
 from sharpening.model_source import Source
 from sharpening.trajectory import Schedule, Scores, score_branches
-from tests.grader_server import Action, GraderServer
+from tiny_world.grader_server import Action, GraderServer
 
-MODEL = Path(__file__).resolve().parents[1] / "scripts" / "tiny_sdxl"
+MODEL = Path(__file__).resolve().parents[1] / "tiny_world" / "sdxl"
 PROMPTS = ["a red circle on a white background", "a blue square on a black background"]
 
 

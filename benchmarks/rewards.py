@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +19,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from reward import load_reward
-from sharpening.image_reward import MAX_TOKENS
-from sharpening.scoring import Reward
-from tests import tiny_rewards
-from tests.grader_server import Action, GraderServer
+from sharpening.rewards.calling import Reward
+from sharpening.rewards.image_reward import MAX_TOKENS
+from tests.support import tiny_rewards
+from tiny_world.grader_server import Action, GraderServer
 
 PROMPTS = [
     "a red circle on a white background",
@@ -71,7 +68,7 @@ def authors_loop(reward: Reward, images: list, prompts: list[str]) -> None:
     """ImageReward's own way: each PIL image resized by PIL and scored alone, its prompt padded to 35 tokens."""
     from torchvision import transforms
 
-    from sharpening.preprocessing import CLIP_MEAN, CLIP_STD
+    from sharpening.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 
     scorer = reward._scorers[0].__self__.scorer
     resize = transforms.Resize(224, transforms.InterpolationMode.BICUBIC)

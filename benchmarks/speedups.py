@@ -20,8 +20,6 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.models import SIZES, TINY_DECODER, write_pipeline
 from benchmarks.reporting import describe_machine, spread
 from benchmarks.step import peak_memory, random_condition, timed

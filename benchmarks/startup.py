@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.reporting import describe_machine
 from sharpening.arguments import OneSentenceParser, require_at_least_1
 from sharpening.errors import exit_status
@@ -43,7 +41,7 @@ def run(command: list[str]) -> float:
 def flags(folder: Path) -> list[str]:
     """A run of one step on the shapes in a folder."""
     values = {
-        "pretrained_model_name_or_path": ROOT / "scripts" / "tiny_sdxl", "train_data_dir": folder / "shapes",
+        "pretrained_model_name_or_path": ROOT / "tiny_world" / "sdxl", "train_data_dir": folder / "shapes",
         "cache_dir": folder / "cache", "output_dir": folder / "run", "resolution": 32, "reward_model": "shapes",
         "seed": 0, "max_train_steps": 1, "report_to": "none", "validation_epochs": 0,
     }  # fmt: skip
@@ -53,7 +51,7 @@ def flags(folder: Path) -> list[str]:
 def preparation(folder: Path) -> float:
     """Seconds that a start of the SFT script spends on reading its data and caching what the encoders make of it."""
     import train_sft_diffusion_sharpening_sdxl as script
-    from sharpening import captioned_images, encoding_cache
+    from sharpening.data import captioned_images, encoding_cache
 
     spent = []
 
@@ -90,7 +88,7 @@ def main(argv: list[str]) -> int:
     require_at_least_1(args, "images", "rounds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run(["scripts/make_shapes_dataset.py", f"--output_dir={folder / 'shapes'}", f"--num_images={args.images}"])
+        run(["tiny_world/make_shapes_dataset.py", f"--output_dir={folder / 'shapes'}", f"--num_images={args.images}"])
         first, second = preparation(folder), preparation(folder)
         launches = {f"{script}.py {flag}": [] for flag in ("--help", "--dry_run") for script in SCRIPTS}
         for _ in range(args.rounds):

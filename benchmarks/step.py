@@ -35,15 +35,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import naive
 from benchmarks.models import SIZES, TINY_DECODER, write_pipeline
 from benchmarks.reporting import describe_machine, spread
 from sharpening import model_source, run, sdxl
 from sharpening.arguments import OneSentenceParser, require
 from sharpening.errors import exit_status
-from tests.objective import LiveMemory
+from tests.support.objective import LiveMemory
 
 SCRIPTS = {"sft": "train_sft_diffusion_sharpening_sdxl", "rlhf": "train_rlhf_diffusion_sharpening_sdxl"}
 RIVALS = ("naive", "plain", "branch_step")
@@ -125,7 +123,7 @@ def watched(clock: Clock) -> Iterator[None]:
     from accelerate.optimizer import AcceleratedOptimizer
 
     from sharpening import trajectory
-    from sharpening.scoring import Reward
+    from sharpening.rewards.calling import Reward
 
     reference = sdxl.reference_unet
 
@@ -321,7 +319,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def measure(args: argparse.Namespace, folder: Path, beside: Sequence[str] = RIVALS) -> dict:
     """Seconds by round and phase of the script and of the rivals beside it, FLOPs and peak memory of a step."""
-    from sharpening import tracking
+    from sharpening.running import tracking
 
     dtype = torch.float16 if args.mixed_precision == "fp16" else torch.float32
     write_pipeline(args.model, folder / "model", dtype)

@@ -6,8 +6,8 @@
 The first model is the base that the others are compared with. `--reward_model` is what was trained on, `--metrics` are
 rewards that were not, which rise too if the images got better and not the reward gamed. A folder that holds a LoRA
 adapter is applied to the base; `NAME=PATH@best_of_n:8` samples with a search for `--reward_model` (see
-`sharpening/search.py`). Prompts are taken in turn until `--num_images` are drawn; image i of every model starts from
-the same noise. Images are kept in `--output_dir`: the same command again draws only what is missing.
+`sharpening/evaluation/search.py`). Prompts are taken in turn until `--num_images` are drawn; image i of every model
+starts from the same noise. Images are kept in `--output_dir`: the same command again draws only what is missing.
 
 Writes `summary.json`, `summary.csv`, `scores.csv` (every image), `grid.png`.
 """
@@ -21,8 +21,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain file from anywhere
-
 from reward import load_reward, parse_reward_spec
 from sharpening.arguments import (
     LORA_FILE,
@@ -34,13 +32,13 @@ from sharpening.arguments import (
     require_at_least_1,
     reward_flags,
 )
-from sharpening.benchmark_export import KINDS, check_export, export, read_geneval_metadata
 from sharpening.errors import exit_status
+from sharpening.evaluation.benchmark_export import KINDS, check_export, export, read_geneval_metadata
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sharpening.scoring import Reward
+    from sharpening.rewards.calling import Reward
 
 
 # What makes a folder a pipeline, or an adapter for the base.
@@ -131,7 +129,7 @@ def parse_model(entry: str) -> Model:
     require(name.isidentifier(), f"--models {name}=...: the name becomes a folder; use letters, digits and _")
     path, at, search = source.partition("@")
     if at:
-        from sharpening.search import parse as parse_search
+        from sharpening.evaluation.search import parse as parse_search
 
         parse_search(search)
     local = looks_local(path)
@@ -148,8 +146,8 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     import torch
 
-    from sharpening import evaluation
-    from sharpening.prompt_sets import load_prompt_set
+    from sharpening.evaluation import comparison as evaluation
+    from sharpening.evaluation.prompt_sets import load_prompt_set
 
     metadata = read_geneval_metadata(Path(args.prompts)) if args.export == "geneval" else []
     column = "prompt" if metadata else "text"
@@ -209,7 +207,7 @@ def score(reward: Reward, folder: Path, prompts: list[str]) -> np.ndarray:
     """Rewards (N,) of the images in a folder, 64 at a time."""
     import torch
 
-    from sharpening.evaluation import read_images
+    from sharpening.evaluation.comparison import read_images
 
     parts = [range(start, min(start + 64, len(prompts))) for start in range(0, len(prompts), 64)]
     scores = [reward.get_reward(read_images(folder, prompts, rows), [prompts[row] for row in rows]) for rows in parts]
@@ -218,7 +216,7 @@ def score(reward: Reward, folder: Path, prompts: list[str]) -> np.ndarray:
 
 def reward_identity(args: argparse.Namespace) -> str:
     """All that shapes the scores of `--reward_model`: what a search found for one reward was not found for another."""
-    from sharpening.evaluation import file_stamp
+    from sharpening.evaluation.comparison import file_stamp
 
     unimportant = {"api_key", "cache_dir", "mllm_concurrency", "mllm_timeout", "mllm_max_retries", "mllm_max_calls"}
     flags = {name: value for name, value in sorted(reward_flags(args).items()) if name not in unimportant}
@@ -271,7 +269,7 @@ if __name__ == "__main__":
     try:
         sys.exit(exit_status(lambda: main(sys.argv[1:])))
     except RuntimeError as error:
-        from sharpening.scoring import RewardError
+        from sharpening.rewards.calling import RewardError
 
         if not isinstance(error, RewardError):
             raise

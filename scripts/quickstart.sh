@@ -13,12 +13,12 @@ if [ -e "$OUT" ]; then
 fi
 started=$SECONDS
 
-python scripts/make_shapes_dataset.py --output_dir "$OUT/shapes" --num_images 2000 --seed 1 \
+python tiny_world/make_shapes_dataset.py --output_dir "$OUT/shapes" --num_images 2000 --seed 1 \
   --held_out_prompts "$OUT/held_out_prompts.txt"
 
 accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
   train_sft_diffusion_sharpening_sdxl.py \
-  --pretrained_model_name_or_path=scripts/tiny_sdxl \
+  --pretrained_model_name_or_path=tiny_world/sdxl \
   --train_data_dir="$OUT/shapes" --cache_dir="$OUT/cache" \
   --resolution=32 --center_crop --proportion_empty_prompts=0.1 \
   --reward_model=shapes \
@@ -31,7 +31,7 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision n
   --checkpointing_steps=150 --report_to=tensorboard \
   --output_dir="$OUT/run" "$@"
 
-python scripts/evaluate.py --models base=scripts/tiny_sdxl trained="$OUT/run" --prompts "$OUT/held_out_prompts.txt" \
+python scripts/evaluate.py --models base=tiny_world/sdxl trained="$OUT/run" --prompts "$OUT/held_out_prompts.txt" \
   --reward_model shapes --num_images 400 --guidance_scale 1 --batch_size 50 --output_dir "$OUT/evaluation"
 echo "reward curve: $OUT/run/reward_curve.png"
 echo "time: $((SECONDS - started)) s after installation"

@@ -13,11 +13,11 @@ if [ -e "$OUT" ]; then
 fi
 started=$SECONDS
 
-python scripts/make_shapes_dataset.py --training_prompts "$OUT/prompts.txt" --held_out_prompts "$OUT/held_out_prompts.txt"
+python tiny_world/make_shapes_dataset.py --training_prompts "$OUT/prompts.txt" --held_out_prompts "$OUT/held_out_prompts.txt"
 
 accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
   train_rlhf_diffusion_sharpening_sdxl.py \
-  --pretrained_model_name_or_path=scripts/tiny_sdxl \
+  --pretrained_model_name_or_path=tiny_world/sdxl \
   --prompts_file="$OUT/prompts.txt" --cache_dir="$OUT/cache" \
   --resolution=32 --reward_model=shapes \
   --reward_on=sample --latents_per_prompt=n --share_noise_in_pair \
@@ -32,7 +32,7 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision n
   --checkpointing_steps=150 --report_to=tensorboard \
   --output_dir="$OUT/run" "$@"
 
-python scripts/evaluate.py --models base=scripts/tiny_sdxl trained="$OUT/run" --prompts "$OUT/held_out_prompts.txt" \
+python scripts/evaluate.py --models base=tiny_world/sdxl trained="$OUT/run" --prompts "$OUT/held_out_prompts.txt" \
   --reward_model shapes --num_images 400 --guidance_scale 1 --batch_size 50 --output_dir "$OUT/evaluation"
 echo "reward curve: $OUT/run/reward_curve.png"
 echo "time: $((SECONDS - started)) s after installation"

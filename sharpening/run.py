@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from sharpening.arguments import public, reward_flags
-from sharpening.checkpoints import save_checkpoint
 from sharpening.errors import UserError
+from sharpening.running.checkpoints import save_checkpoint
 
 logger = get_logger(__name__)
 

@@ -66,7 +66,7 @@ class Condition(NamedTuple):
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor], device: torch.device) -> "Condition":
-        """The condition of a collated batch of `sharpening.encoding_cache.CachedData`."""
+        """The condition of a collated batch of `sharpening.data.encoding_cache.CachedData`."""
         names = ("prompt_embeds", "pooled_prompt_embeds", "time_ids")
         return cls(*(batch[name].to(device, torch.float32) for name in names))
 

@@ -1,13 +1,10 @@
 """What tests share: a random and a trained tiny SDXL, images, one cache, and ways to run a script or reuse a run."""
 
 import importlib
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,21 +14,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
-from tests import tiny_rewards
-from tests.grader_server import GraderServer
-
-ROOT = Path(__file__).parents[1]
-SCRIPTS = {
-    "SFT": "train_sft_diffusion_sharpening_sdxl.py",
-    "RLHF": "train_rlhf_diffusion_sharpening_sdxl.py",
-}
+from tests.support import tiny_rewards
+from tests.support.runs import ROOT, SCRIPTS, launcher_words
+from tiny_world.grader_server import GraderServer
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Paths of a random tiny SDXL, of a folder of 12 captioned images, and of a cache that all runs share."""
-    from scripts.make_shapes_dataset import write_dataset
-    from scripts.make_tiny_sdxl import build_random_sdxl
+    from tiny_world.make_shapes_dataset import write_dataset
+    from tiny_world.make_tiny_sdxl import build_random_sdxl
 
     root = tmp_path_factory.mktemp("world")
     build_random_sdxl(root / "model")
@@ -49,7 +41,7 @@ def tiny_sdxl():
     from sharpening import model_source, sdxl
     from sharpening.trajectory import Schedule
 
-    source = model_source.Source("pretrained_model_name_or_path", str(ROOT / "scripts" / "tiny_sdxl"))
+    source = model_source.Source("pretrained_model_name_or_path", str(ROOT / "tiny_world" / "sdxl"))
     unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32).eval()
     vae = source.load(sdxl.AutoencoderKL, "vae", dtype=torch.float32)
     encoders = sdxl.TextEncoders.load(source, torch.device("cpu"), torch.float32)
@@ -173,8 +165,8 @@ def train(method):
 @pytest.fixture
 def no_result(monkeypatch):
     """Leave out the pipeline and the curve at the end of a run, a third of a tiny run's time."""
-    monkeypatch.setattr("sharpening.publishing.save_result", lambda *args: "nothing")
-    monkeypatch.setattr("sharpening.tracking.plot_rewards", lambda *args: None)
+    monkeypatch.setattr("sharpening.running.publishing.save_result", lambda *args: "nothing")
+    monkeypatch.setattr("sharpening.running.tracking.plot_rewards", lambda *args: None)
 
 
 @pytest.fixture(scope="session")
@@ -213,37 +205,3 @@ def launch(method):
         )
 
     return run
-
-
-def launcher_words(launcher):
-    scripts = Path(sys.executable).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {
-        "python": [sys.executable],
-        "accelerate": [
-            str(scripts / "accelerate"), "launch", "--cpu", "--num_processes=1", "--num_machines=1",
-            "--mixed_precision=no", "--dynamo_backend=no",
-        ],
-        "torchrun": [str(scripts / "torchrun"), "--nproc_per_node=2", f"--master_port={port}"],
-    }[launcher]  # fmt: skip
-
-
-def metrics(run_dir):
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def same_files(left, right, names):
-    """The names whose files differ between two folders."""
-    return [name for name in names if (Path(left) / name).read_bytes() != (Path(right) / name).read_bytes()]
-
-
-def same_tensors(left, right):
-    """Whether two safetensors files hold the same; their headers are in no fixed order."""
-    import torch
-    from safetensors.torch import load_file
-
-    left, right = load_file(left), load_file(right)
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -1,0 +1,227 @@
+"""Checkpoints that a kill at any moment cannot spoil, and from which a run resumes exactly."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast, set_seed
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch.optim.lr_scheduler import LRScheduler
+
+from sharpening.arguments import public
+from sharpening.errors import UserError
+from sharpening.running.validation import averaged_weights
+from sharpening.sdxl import load_lora, save_lora
+
+logger = get_logger(__name__)
+
+STATE_FILE = "state.json"  # written last: a checkpoint without it is incomplete
+GENERATED_FILE = "generated_latents_{}.pt"  # one for each process
+EMA_STATE_FILE = "ema.pt"  # beside the averaged adapter: the average itself and its count of steps
+# Flags that decide neither which draws a step sees nor what it computes, or whose effect lies in other flags (the
+# preset) or is settled elsewhere (the seed). Changing any other one makes a resumed run another run.
+FREE_FLAGS = {
+    "seed", "preset", "output_dir", "logging_dir", "report_to", "resume_from_checkpoint", "dry_run", "max_train_steps",
+    "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "branch_image_steps", "validation_prompt",
+    "validation_prompts_file", "num_validation_images", "validation_steps", "validation_epochs",
+    "validation_guidance_scale", "push_to_hub", "hub_model_id", "score_batch_size", "decode_batch_size",
+    "generation_batch_size", "dataloader_num_workers", "cache_dir", "local_rank", "gradient_checkpointing",
+    "mllm_concurrency", "mllm_timeout", "mllm_max_retries", "mllm_max_calls",
+}  # fmt: skip
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The optimizer step of a complete checkpoint folder, or None when it is not one."""
+    try:
+        return int(json.loads((path / STATE_FILE).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first; incomplete ones are passed over with a warning."""
+    complete = []
+    for path in output_dir.glob("checkpoint-*"):
+        if not re.fullmatch(r"checkpoint-\d+", path.name):
+            continue
+        if checkpoint_step(path) is None:
+            logger.warning(f"{path} is incomplete (no {STATE_FILE}) and is passed over", main_process_only=True)
+        else:
+            complete.append(path)
+    return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
+
+
+def clean_up_checkpoints(output_dir: Path) -> None:
+    """Finish what a killed run left: drop half-written folders, put back one that was being replaced."""
+    for path in output_dir.glob(".checkpoint-*"):
+        original = output_dir / path.name.removeprefix(".").rsplit(".", 1)[0]
+        if path.suffix == ".replaced" and not original.exists():
+            path.rename(original)
+        else:
+            shutil.rmtree(path)
+
+
+def prepare_output(accelerator: Accelerator, args: Namespace) -> Path | None:
+    """Make the output folder, mend what a killed run left in it, and find the checkpoint to resume from.
+
+    Raises:
+        UserError: the folder cannot be written, the named checkpoint is incomplete, or a fresh run would mix its
+            checkpoints with another's.
+    """
+    output_dir = Path(args.output_dir)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                clean_up_checkpoints(output_dir)
+            except OSError as error:
+                raise UserError(f"--output_dir {output_dir} cannot be written ({error}); choose another") from error
+    if args.resume_from_checkpoint not in (None, "latest"):
+        path = Path(args.resume_from_checkpoint)
+        if checkpoint_step(path) is None:
+            raise UserError(
+                f"--resume_from_checkpoint {path} is not a complete checkpoint (no {STATE_FILE}); name another, or "
+                "latest"
+            )
+        return path
+    found = complete_checkpoints(output_dir)
+    if args.resume_from_checkpoint is None and found:
+        raise UserError(
+            f"--output_dir {output_dir} already holds {found[-1].name}; continue that run with "
+            "--resume_from_checkpoint latest, or choose another folder"
+        )
+    if args.resume_from_checkpoint == "latest" and not found:
+        logger.warning(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, so this run is new")
+    return found[-1] if found else None
+
+
+def resolve_run(accelerator: Accelerator, args: Namespace, checkpoint: Path | None) -> tuple[int, str]:
+    """Settle the seed, the same on every rank; return the step the run starts at and the id trackers know it by."""
+    state: dict[str, Any] = {}
+    if checkpoint is not None:
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        if args.seed is None:
+            args.seed = state["args"]["seed"]
+        names = sorted((state["args"].keys() & vars(args).keys()) - FREE_FLAGS)
+        then = {f"--{name}": state["args"][name] for name in names}
+        now = {f"--{name}": getattr(args, name) for name in names}
+        then["the number of processes"], now["the number of processes"] = (
+            state["world_size"],
+            accelerator.num_processes,
+        )
+        for name in now:
+            if then[name] != now[name]:
+                logger.warning(
+                    f"{name} was {then[name]} and is now {now[name]}: the resumed run differs from one that was never "
+                    "interrupted"
+                )
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
+    seed = broadcast(torch.tensor([args.seed], device=accelerator.device))
+    args.seed = int(seed)
+    set_seed(args.seed)
+    logger.info(f"seed {args.seed}, starting after step {state.get('step', 0)}")
+    return state.get("step", 0), state.get("run_id", secrets.token_hex(4))
+
+
+def register_checkpointing(
+    accelerator: Accelerator,
+    unet: UNet2DConditionModel,
+    ema: EMAModel | None,
+    lr_scheduler: LRScheduler,
+    generated: list[dict[str, Any]] | None = None,
+) -> None:
+    """Make `save_state` and `load_state` cover the schedule, and the UNet and its average as diffusers folders.
+
+    With an adapter (`--use_lora`) the adapter stands for the UNet: `lora` and `lora_ema` are what
+    `pipe.load_lora_weights` reads. `generated` is what every process on its own still has to use: prompts and latents
+    of weights that are gone (`--generation_reuse`); they are read back into that same list, on the CPU.
+    """
+    lora = hasattr(unet, "peft_config")
+
+    def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
+        weights.clear()  # accelerate would otherwise write a second copy of them
+        if generated:
+            torch.save(generated, os.path.join(output_dir, GENERATED_FILE.format(accelerator.process_index)))
+        if not accelerator.is_main_process:
+            return
+        if not lora:
+            unet.save_pretrained(os.path.join(output_dir, "unet"))
+            if ema is not None:
+                ema.save_pretrained(os.path.join(output_dir, "unet_ema"))
+            return
+        save_lora(unet, os.path.join(output_dir, "lora"))
+        if ema is not None:
+            with averaged_weights(unet, ema):
+                save_lora(unet, os.path.join(output_dir, "lora_ema"))
+            torch.save(ema.state_dict(), os.path.join(output_dir, "lora_ema", EMA_STATE_FILE))
+
+    def load(models: list[torch.nn.Module], input_dir: str) -> None:
+        models.clear()
+        pending = os.path.join(input_dir, GENERATED_FILE.format(accelerator.process_index))
+        if generated is not None and os.path.exists(pending):
+            generated[:] = torch.load(pending, map_location="cpu", weights_only=True)
+        if not os.path.isdir(os.path.join(input_dir, "lora" if lora else "unet")):
+            written, remedy = ("without", "leave the flag out") if lora else ("with", "add the flag")
+            raise UserError(f"--use_lora: {input_dir} was written {written} it; {remedy}, or start a new run")
+        if lora:
+            load_lora(unet, os.path.join(input_dir, "lora"))
+        else:
+            saved = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet", dtype=torch.float32)
+            unet.load_state_dict(saved.state_dict())
+        if ema is None:
+            return
+        folder = os.path.join(input_dir, "lora_ema" if lora else "unet_ema")
+        if not os.path.isdir(folder):
+            raise UserError(f"--use_ema: {input_dir} was written without it; leave the flag out, or start a new run")
+        if lora:
+            state = torch.load(os.path.join(folder, EMA_STATE_FILE), map_location="cpu", weights_only=True)
+            ema.load_state_dict(state)
+        else:
+            ema.load_state_dict(EMAModel.from_pretrained(folder, UNet2DConditionModel).state_dict())
+        ema.to(accelerator.device)
+
+    accelerator.register_for_checkpointing(lr_scheduler)
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(accelerator: Accelerator, args: Namespace, step: int, run_id: str) -> Path:
+    """Write `checkpoint-<step>` aside, rename it into place, then delete what `--checkpoints_total_limit` drops.
+
+    Every rank must call it. A kill at any moment leaves either the old or the new set of complete checkpoints.
+    """
+    final = Path(args.output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(f".{final.name}.partial")
+    replaced = final.with_name(f".{final.name}.replaced")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state = {"step": step, "run_id": run_id, "world_size": accelerator.num_processes, "args": public(args)}
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        keep = args.checkpoints_total_limit
+        for old in complete_checkpoints(final.parent)[:-keep] if keep else []:
+            # Out of sight first, so that a kill while deleting cannot leave something that looks complete.
+            aside = old.with_name(f".{old.name}.deleted")
+            old.rename(aside)
+            shutil.rmtree(aside)
+        logger.info(f"saved {final}")
+    accelerator.wait_for_everyone()
+    return final

@@ -1,0 +1,133 @@
+"""The SFT script with each reward of the catalogue, on tiny random checkpoints of the right architecture."""
+
+import pytest
+from safetensors.torch import load_file
+
+from mllm_template import load_template
+from reward import CATALOGUE
+from tests.support.runs import metrics
+from tests.support.tiny_rewards import TINY, write_image_reward
+from tiny_world.grader_server import Action, grades
+
+SMALL = {"train_batch_size": 1, "num_noisy_latents": 2, "trajectory_nums": 2, "max_train_steps": 2}
+
+
+@pytest.fixture
+def options(tiny_clip, aesthetic_head, tiny_pickscore, tiny_image_reward, tiny_blip_vqa, tmp_path, server):
+    """Flags that run each entry here: without the internet, against the local grader."""
+    clip = f"{TINY}/{tiny_clip[0]}"
+    spatial = write_image_reward(tmp_path / "spatial", 1)
+    return {
+        "clip": {"reward_model": "clip", "clip_model": clip},
+        "image_reward": {"reward_model": f"image_reward:{tiny_image_reward}"},
+        "compositional": {
+            "reward_model": "compositional",
+            "compositional_models": f"attribute={tiny_image_reward},spatial={spatial}",
+            "compositional_weights": "1,0.5",
+        },
+        "mllm": {"reward_model": "mllm", "base_url": server.base_url, "cache_dir": tmp_path / "cache"},
+        "pickscore": {"reward_model": f"pickscore:{tiny_pickscore}"},
+        "hpsv2": {"reward_model": f"hpsv2:{TINY}={tiny_clip[0]}"},
+        "aesthetic": {"reward_model": f"aesthetic:{aesthetic_head}", "aesthetic_clip": clip},
+        "blip_vqa": {"reward_model": f"blip_vqa:{tiny_blip_vqa}"},
+        "clip_non_spatial": {"reward_model": f"clip_non_spatial:{clip}"},
+        "jpeg_compressibility": {"reward_model": "jpeg_compressibility"},
+        "shapes": {"reward_model": "shapes"},
+    }
+
+
+PARTS = {"compositional": ["attribute", "spatial"], "mllm": load_template("five_aspects").aspects}
+
+
+@pytest.mark.usefixtures("no_result")
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_training_with(name, options, train, flags, tmp_path):
+    assert train(flags(**SMALL, **options[name])) == 0
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 2
+    for line in lines:
+        assert line[f"reward/component/{name}"] == pytest.approx(line["reward/mean"], rel=1e-4, abs=1e-5)
+        assert line["reward/failure_rate"] == 0
+        for part in PARTS.get(name, []):
+            assert f"reward/component/{name}/{part}" in line
+
+
+@pytest.mark.usefixtures("no_result")
+def test_training_with_a_weighted_sum_of_four(options, train, flags, tmp_path):
+    names = ["clip", "image_reward", "mllm", "shapes"]
+    changes = {flag: value for name in names for flag, value in options[name].items()}
+    weights = {"clip": 0.01, "image_reward": 1.0, "mllm": -2.0, "shapes": 0.5}
+    changes["reward_model"] = ",".join(f"{options[name]['reward_model']}:{weights[name]}" for name in names)
+    assert train(flags(**SMALL, **changes)) == 0
+    for line in metrics(tmp_path / "run"):
+        total = sum(weight * line[f"reward/component/{name}"] for name, weight in weights.items())
+        assert line["reward/mean"] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.usefixtures("no_result")
+def test_grades_decide_which_branch_is_trained_on(options, train, flags, tmp_path, server, monkeypatch):
+    """The grader prefers whichever image it sees second; with one step per branch that is the second branch."""
+    chosen = []
+    import sharpening.trajectory as trajectory
+
+    select = trajectory.select
+    monkeypatch.setattr(trajectory, "select", lambda *a: chosen.append(select(*a)) or chosen[-1])
+    server.plan = {caption: [Action(grades(1)), Action(grades(9))] for caption in every_caption()}
+    small = {**SMALL, "trajectory_nums": 1, "mllm_concurrency": 1, "max_train_steps": 1}
+    assert train(flags(**small, **options["mllm"])) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert (line["reward/best"], line["reward/worst"]) == (pytest.approx(0.9), pytest.approx(0.1))
+    assert chosen[0].best.tolist() == [1]
+
+
+def every_caption():
+    from tiny_world.shapes import HELD_OUT, training_captions
+
+    return [*training_captions(), *HELD_OUT]
+
+
+@pytest.mark.usefixtures("no_result")
+def test_skipped_branches_are_counted_and_the_others_train(options, train, flags, tmp_path, server):
+    refusal = Action(None, refusal="no")
+    server.plan = {caption: [refusal, Action(grades(6))] for caption in every_caption()}
+    changes = {**SMALL, "num_noisy_latents": 3, "trajectory_nums": 1, "max_train_steps": 1, "train_batch_size": 2}
+    changes |= {**options["mllm"], "reward_failure": "skip", "mllm_concurrency": 1}
+    assert train(flags(**changes)) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert line["reward/failure_rate"] == pytest.approx(1 / 3)
+    assert line["reward/mean"] == line["reward/worst"] == pytest.approx(0.6)
+    assert line["reward/spread"] == 0 and line["loss"] > 0 and line["grad_norm"] > 0
+
+
+def test_step_without_any_score_changes_no_weight(options, train, flags, tmp_path, server, world):
+    server.default = Action(None, refusal="no")
+    changes = {**SMALL, **options["mllm"], "reward_failure": "skip", "adam_weight_decay": 0}
+    prompt = "a red circle on a white background"
+    assert train(flags(**changes, validation_prompt=prompt, validation_steps=1)) == 0
+    for line in metrics(tmp_path / "run"):
+        assert line["reward/failure_rate"] == 1 and line["grad_norm"] == 0
+        assert not {"loss", "reward/mean", "reward/best", "validation/reward"} & line.keys()
+    file = "unet/diffusion_pytorch_model.safetensors"
+    before, after = load_file(world.model / file), load_file(tmp_path / "run" / file)
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_failure_stops_the_run_unless_told_to_skip(options, train, flags, tmp_path, server, capsys):
+    server.default = Action(None, refusal="not this one")
+    assert train(flags(**SMALL, **options["mllm"])) == 1
+    error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert "step 1: the reward mllm" in error and "refused: not this one" in error
+    assert (tmp_path / "run" / "checkpoint-0").is_dir()
+
+
+@pytest.mark.usefixtures("no_result")
+def test_cap_on_calls_stops_the_run_after_a_checkpoint_and_resuming_pays_only_for_the_rest(
+    options, train, flags, tmp_path, server, capsys
+):
+    changes = {**SMALL, **options["mllm"], "num_noisy_latents": 2, "trajectory_nums": 1, "max_train_steps": 3}
+    assert train(flags(**changes, mllm_max_calls=3)) == 1
+    assert "--mllm_max_calls=3 requests are spent" in capsys.readouterr().err
+    assert len(server.requests) == 3
+    assert train(flags(**changes, mllm_max_calls=3, resume_from_checkpoint="latest")) == 0
+    assert len(server.requests) == 6
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
