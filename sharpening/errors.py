@@ -13,10 +13,26 @@ class UserError(Exception):
     """
 
 
+class Stop(Exception):
+    """Ends a command with an exit status; what there was to say has been said."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def exit_status(work: Callable[[], int]) -> int:
-    """What `work` returns; a `UserError` becomes one sentence on stderr and status 2."""
+    """What `work` returns; a `Stop` becomes its status, a `UserError` one sentence on stderr and status 2."""
     try:
         return work()
+    except Stop as stop:
+        return stop.status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
