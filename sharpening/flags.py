@@ -55,7 +55,7 @@ class Flag:
             facts.append(f"default: {self.default}")
         if self.range:
             facts.append(f"in {self.range}")
-        facts += [f"{word} means {value}" for word, value in self.spellings.items()]
+        facts += [f"{word} means {value}" for word, value in self.spellings.items() if value is not None]
         return " ".join(filter(None, [self.help, f"({'; '.join(facts)})" if facts else ""]))
 
     def check(self, value: Any) -> None:

@@ -5,10 +5,11 @@ Nothing here imports torch unless the GPU is asked about, so a typo is answered 
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from sharpening.errors import require
-from sharpening.flags import Flag, Groups
+from sharpening.flags import Flag, Groups, parse
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what makes a folder a LoRA adapter, for diffusers too
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -174,8 +175,19 @@ RUN_FLAGS: Groups = {
 }
 
 
+def parse_run(description: str, groups: Groups, argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of a training script, checked; they include `RUN_FLAGS`, `--trajectory_nums` and `--infer_steps`.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    args = parse(description, groups, argv)
+    check_run(args)
+    return args
+
+
 def check_run(args: argparse.Namespace) -> None:
-    """Every check of the flags of `RUN_FLAGS` that needs no model, no data and no torch, cheapest first.
+    """Every check of these flags that needs no model, no data and no torch, cheapest first.
 
     Raises:
         UserError: naming the flag and the remedy.
@@ -184,6 +196,11 @@ def check_run(args: argparse.Namespace) -> None:
         args.resolution > 0 and args.resolution % 8 == 0,
         f"--resolution is {args.resolution}, but SDXL needs a positive multiple of 8; "
         f"try {max(8, round(args.resolution / 8) * 8)}",
+    )
+    require(
+        args.trajectory_nums <= args.infer_steps,
+        f"--trajectory_nums is {args.trajectory_nums}, but a trajectory has only --infer_steps={args.infer_steps} "
+        "steps; lower the first or raise the second",
     )
     require(
         args.use_lora or (args.lora_rank == 16 and args.lora_alpha is None),
@@ -202,19 +219,6 @@ def check_run(args: argparse.Namespace) -> None:
     _check_sources(args)
     _check_output(args)
     _check_hardware(args)
-
-
-def check_trajectory(args: argparse.Namespace) -> None:
-    """The check of the flags of `TRAJECTORY`.
-
-    Raises:
-        UserError: naming the flag and the remedy.
-    """
-    require(
-        args.trajectory_nums <= args.infer_steps,
-        f"--trajectory_nums is {args.trajectory_nums}, but a trajectory has only --infer_steps={args.infer_steps} "
-        "steps; lower the first or raise the second",
-    )
 
 
 def check_schedule(args: argparse.Namespace, num_train_timesteps: int) -> None:
