@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from reward import REWARD_FLAGS, check_reward_flags, load_reward, reward_options
-from sharpening import flags
+from sharpening import flags, run_flags
 from sharpening.errors import exit_status, require
 from sharpening.flags import Flag
-from sharpening.run_flags import RUN_FLAGS, TRAJECTORY, parse_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,10 +35,9 @@ if TYPE_CHECKING:
     from sharpening.regression import Preference
 
 GENERATION = (
-    Flag("prompts_file", "txt with a prompt on each line, csv or jsonl; no images are needed"),
-    Flag("guidance_scale", "when generating", float, range="[0, inf)", presets={"paper": 5.0, "released": 1.0}),
+    *run_flags.PROMPTS,
+    replace(run_flags.GUIDANCE_SCALE, default=None, presets={"paper": 5.0, "released": 1.0}),
     Flag("latents_per_prompt", "to branch from", choices=("1", "n"), presets={"paper": "1", "released": "n"}),
-    Flag("generation_batch_size", "latents per forward, two rows each with guidance", int, 8, "[1, inf)", free=True),
     Flag("generation_reuse", "optimizer steps that one generation serves", int, 1, "[1, inf)"),
     Flag(
         "branch_noise",
@@ -53,7 +52,7 @@ PREFERENCE = (
         "reward_on", "what is judged: clean estimates along a branch (paper), or the generated latent it starts from",
         default="trajectory", choices=("trajectory", "sample"),
     ),
-    Flag("beta_dpo", "beta of eq. 11, without DPO's factor 1/2", float, 2500.0, "(0, inf)"),
+    run_flags.BETA_DPO,
     Flag("reward_margin_scale", "scale of the reward margin; 0: without", float, 1.0, "[0, inf)"),
     Flag(
         "reward_margin", "inside the log-sigmoid (eq. 11) or added to the loss, where it has no gradient (released)",
@@ -65,12 +64,9 @@ PREFERENCE = (
     ),
 )  # fmt: skip
 FLAGS: flags.Groups = {
-    **RUN_FLAGS,
-    "method": TRAJECTORY,
-    "prompts and generation": GENERATION,
-    "preference": PREFERENCE,
-    "reward": REWARD_FLAGS,
-}
+    **run_flags.RUN_FLAGS, "method": run_flags.TRAJECTORY, "noise and timesteps": run_flags.NOISING,
+    "prompts and generation": GENERATION, "preference": PREFERENCE, "reward": REWARD_FLAGS,
+}  # fmt: skip
 MOVED = {
     "train_on": "best is baselines/best_of_n.py, policy is baselines/ddpo.py, pair is what this script does",
     "generate_with": "pairs of the base, drawn once, are baselines/diffusion_dpo.py",
@@ -85,7 +81,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         UserError: naming the flag and the remedy.
     """
     flags.refuse_moved(argv, MOVED)
-    args = parse_run(__doc__.splitlines()[0], FLAGS, argv)
+    args = run_flags.parse_run(__doc__.splitlines()[0], FLAGS, argv)
     check_reward_flags(vars(args))
     n = args.num_noisy_latents
     require(n >= 2, f"--num_noisy_latents is {n}, but a preference needs 2 branches or more; raise it")
@@ -209,7 +205,8 @@ def main(args: argparse.Namespace) -> int:
 
     # ----------------------------------------------------------------------------------------- MODELS AND DATA
     vae, reward_decoder = run.load_decoders()
-    unet, frozen = run.load_unet(), run.load_reference()
+    unet = run.load_unet()
+    reference = run.load_reference(unet)
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
     generations = Generations()
@@ -290,8 +287,8 @@ def main(args: argparse.Namespace) -> int:
                 walking = sdxl.Denoiser(unet, of_pairs, unconditional, guidance)
                 path = walk_states(walking.rows, schedule, pairs, m, args.score_batch_size)
             measured = path if args.reference_steps == "all" else path.first(1)
-            with torch.no_grad(), sdxl.reference_unet(unet, frozen) as reference, accelerator.autocast():
-                reference_output = sdxl.predict_along(reference, measured, of_pairs, args.train_rows)
+            with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
+                reference_output = sdxl.predict_along(frozen, measured, of_pairs, args.train_rows)
             reference_errors = regression.errors(pairs, measured, reference_output)  # (2 B, m)
             unet.train()
             at_once = one_forward_trains(args)

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING
 from reward import REWARD_FLAGS, check_reward_flags, load_reward, reward_options
 from sharpening import flags
 from sharpening.errors import exit_status
-from sharpening.run_flags import RUN_FLAGS, TRAJECTORY, parse_run
+from sharpening.run_flags import NOISING, RUN_FLAGS, TRAJECTORY, parse_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-FLAGS: flags.Groups = {**RUN_FLAGS, "method": TRAJECTORY, "reward": REWARD_FLAGS}
+FLAGS: flags.Groups = {**RUN_FLAGS, "method": TRAJECTORY, "noise and timesteps": NOISING, "reward": REWARD_FLAGS}
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -55,7 +55,7 @@ class Plan:
             args.cache_dir,
         )  # fmt: skip
         config = self.source.read_json("scheduler/scheduler_config.json")
-        check_schedule(args, config["num_train_timesteps"])
+        check_schedule(vars(args), config["num_train_timesteps"])
         self.schedule = Schedule.from_config(config, args.infer_steps, args.prediction_type)
         self.steps_per_epoch = self.num_steps = 0
 

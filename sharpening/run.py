@@ -3,6 +3,7 @@
 It knows no loss, no branch and no reward's value. A run that must end early raises `Stop` with its exit status.
 """
 
+import copy
 import math
 import secrets
 import shutil
@@ -36,6 +37,7 @@ from sharpening.draws import Draws, DrawSampler, timestep_probabilities
 from sharpening.errors import Stop, UserError
 from sharpening.model_source import Source, text_identity
 from sharpening.plan import Plan
+from sharpening.reference import Reference
 from sharpening.rewards.calling import Reward, RewardError
 from sharpening.running import checkpoints, optimization, publishing, tracking
 from sharpening.running.validation import Drawing, Validation, averaged_weights, read_validation_prompts
@@ -133,21 +135,26 @@ class Run:
         sdxl.switch_attention(unet, self._attention)
         return unet
 
-    def load_reference(self) -> UNet2DConditionModel | None:
-        """A frozen copy of the UNet; with LoRA none is needed, the UNet without its adapter is the reference."""
+    def load_reference(self, unet: UNet2DConditionModel) -> Reference:
+        """The UNet as it is before training; with LoRA that needs no copy of it."""
         if self.args.use_lora:
-            return None
-        unet = sdxl.load_frozen_unet(self.plan.source, self.device, self.plan.weight_dtype)
-        sdxl.switch_attention(unet, self._attention)
-        return unet
+            return Reference(unet, None)
+        frozen = sdxl.load_frozen_unet(self.plan.source, self.device, self.plan.weight_dtype)
+        sdxl.switch_attention(frozen, self._attention)
+        return Reference(unet, frozen)
 
     @property
     def _attention(self) -> list[str]:
         names = ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention")
         return [name for name in names if getattr(self.args, name)]
 
-    def make_optimizer(self, unet: UNet2DConditionModel) -> tuple[Optimizer, LRScheduler, EMAModel | None]:
-        """AdamW of the weights that train, its learning rates, and with `--use_ema` the average of the weights."""
+    def make_optimizer(
+        self, unet: UNet2DConditionModel, rounds: int = 1
+    ) -> tuple[Optimizer, LRScheduler, EMAModel | None]:
+        """AdamW of the weights that train, its learning rates, and with `--use_ema` the average of the weights.
+
+        The learning rates take their course in each of the `rounds` that the run consists of.
+        """
         args, parameters = self.args, sdxl.trainable_parameters(unet)
         rate = args.learning_rate
         if args.scale_lr:
@@ -161,14 +168,12 @@ class Run:
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
         )
+        steps = math.ceil(self.plan.num_steps / rounds)
         lr_scheduler = get_scheduler(
-            args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=self.plan.num_steps
+            args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps
         )
-        return (
-            optimizer,
-            lr_scheduler,
-            optimization.make_ema(unet, parameters, args.ema_decay) if args.use_ema else None,
-        )
+        ema = optimization.make_ema(unet, parameters, args.ema_decay) if args.use_ema else None
+        return optimizer, lr_scheduler, ema
 
     def prepare(
         self, unet: UNet2DConditionModel, optimizer: Optimizer, lr_scheduler: LRScheduler, ema: EMAModel | None,
@@ -178,6 +183,7 @@ class Run:
 
         pending: what else a checkpoint keeps for each process, read back into that same list.
         """
+        self._first_rates = copy.deepcopy(lr_scheduler.state_dict())
         model, optimizer = self.accelerator.prepare(unet, optimizer)
         checkpoints.register_checkpointing(self.accelerator, unet, ema, lr_scheduler, pending)
         if self._checkpoint is not None:
@@ -232,6 +238,18 @@ class Run:
             args.timestep_bias_portion, args.timestep_bias_begin, args.timestep_bias_end,
         )  # fmt: skip
         return Draws(args.seed, probabilities, args.noise_offset, args.proportion_empty_prompts)
+
+    def restart(
+        self, unet: UNet2DConditionModel, optimizer: Optimizer, lr_scheduler: LRScheduler, ema: EMAModel | None
+    ) -> None:
+        """Begin a round: from the averaged weights, with optimizer, learning rates and average as at the start."""
+        if ema is not None:
+            ema.copy_to(sdxl.trainable_parameters(unet))
+            ema.optimization_step = 0
+        optimizer.optimizer.state.clear()
+        lr_scheduler.load_state_dict(copy.deepcopy(self._first_rates))
+        for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     # --------------------------------------------------------------------------------------------------- steps
 

@@ -144,6 +144,10 @@ class Branches(NamedTuple):
         """The branches that `index` names."""
         return Branches(*(part[index] for part in self))
 
+    def start(self) -> "Path":
+        """Their first states as paths of one step."""
+        return Path(self.x_t[:, None], self.t[:, None], torch.ones(len(self.t), 1, dtype=torch.bool))
+
 
 class Step(NamedTuple):
     """One step of a walk over R rows."""
@@ -211,7 +215,7 @@ def walk_states(
     """
     t = timesteps_along(schedule, branches.t, steps)
     if steps == 1:
-        return Path(branches.x_t[:, None], t, torch.ones_like(t, dtype=torch.bool, device="cpu"))
+        return branches.start()
     x = []
     for rows in torch.arange(len(t)).split(batch_size):
         part = branches.rows(rows)
