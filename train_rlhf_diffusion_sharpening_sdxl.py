@@ -240,7 +240,7 @@ def main(args: argparse.Namespace) -> int:
             if len(generations.made) == micro_batch:
                 of_latents = condition.rows(torch.arange(len(noise)) // latents_per_prompt)
                 drawing = sdxl.Denoiser(unet, of_latents, unconditional, args.guidance_scale)
-                with run.generating(), accelerator.autocast():
+                with run.phase("generation"), accelerator.autocast():
                     latents = generate_in_slices(drawing.rows, schedule, noise, args.generation_batch_size)
                 generations.add(prompts, latents)
                 run.stop_if(not_finite(latents, step))
@@ -332,7 +332,7 @@ def main(args: argparse.Namespace) -> int:
         optimizer.zero_grad()
         if use == reuse - 1:
             generations.made.clear()  # they have served; a checkpoint need not hold them
-        metrics |= {"samples_per_second": run.samples_per_second(), "generation_time_share": run.generation_share()}
+        metrics |= run.speed("generation")
         run.log_branches(step, scores.last_estimate, best=rows[::2], worst=rows[1::2])
         run.end_step(step, metrics, unet, ema)
 

@@ -196,7 +196,7 @@ def main(args: argparse.Namespace) -> int:
             if ema is not None:
                 ema.step(parameters)
         optimizer.zero_grad()
-        metrics["samples_per_second"] = run.samples_per_second()
+        metrics |= run.speed()
         if n > 1:
             run.log_branches(step, scores.last_estimate, best=best, worst=selection.worst_rows)
         run.end_step(step, metrics, unet, ema)

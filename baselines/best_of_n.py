@@ -147,11 +147,11 @@ def main(args: argparse.Namespace) -> int:
                 noise = draw_noise(args.seed, batch["draw"].tolist(), n, shape).flatten(0, 1).to(device)
                 of_samples = condition.rows(torch.arange(batch_size * n) // n)
                 drawing = sdxl.Denoiser(unet, of_samples, unconditional, args.guidance_scale)
-                with run.generating(), accelerator.autocast():
+                with run.phase("generation"), accelerator.autocast():
                     x_0 = generate_in_slices(drawing.rows, schedule, noise, args.generation_batch_size)
             else:
                 keys = kept.keys(batch["draw"].tolist(), prompts)
-                with torch.no_grad(), run.generating(), base.unet() as frozen, accelerator.autocast():
+                with torch.no_grad(), run.phase("generation"), base.unet() as frozen, accelerator.autocast():
                     drawing = sdxl.Denoiser(frozen, condition, unconditional, args.guidance_scale)
                     kept.draw(keys, drawing, schedule, args.generation_batch_size)
                 x_0 = kept.latents(keys).to(device)  # (B * n, 4, h, w)
@@ -207,7 +207,7 @@ def main(args: argparse.Namespace) -> int:
             if ema is not None:
                 ema.step(parameters)
         optimizer.zero_grad()
-        metrics |= {"samples_per_second": run.samples_per_second(), "generation_time_share": run.generation_share()}
+        metrics |= run.speed("generation")
         run.log_branches(step, x_0, best=selection.best_rows, worst=selection.worst_rows)
         run.end_step(step, metrics, unet, ema)
 

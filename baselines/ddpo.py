@@ -190,7 +190,7 @@ def main(args: argparse.Namespace) -> int:
             path_noise, kept = draw_paths(args.seed, draws, n, shape, args.infer_steps, m)
             unet.eval()
             parts = []
-            with torch.no_grad(), run.generating(), accelerator.autocast():
+            with torch.no_grad(), run.phase("generation"), accelerator.autocast():
                 for rows in torch.arange(len(noise)).split(args.generation_batch_size):
                     drawn = noise[rows].to(device), path_noise[rows].to(device), kept[rows].to(device)
                     parts.append(sample_paths(denoiser.rows(rows).predict, schedule, *drawn))
@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> int:
             if ema is not None:
                 ema.step(parameters)
         optimizer.zero_grad()
-        metrics |= {"samples_per_second": run.samples_per_second(), "generation_time_share": run.generation_share()}
+        metrics |= run.speed("generation")
         run.log_branches(step, x_0, best=selection.best_rows, worst=selection.worst_rows)
         run.end_step(step, metrics, unet, ema)
 

@@ -175,7 +175,7 @@ def main(args: argparse.Namespace) -> int:
             condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
             keys = samples.keys(batch["draw"].tolist(), prompts)
             unet.eval()
-            with torch.no_grad(), run.generating(), reference.unet() as frozen, accelerator.autocast():
+            with torch.no_grad(), run.phase("generation"), reference.unet() as frozen, accelerator.autocast():
                 drawing = sdxl.Denoiser(frozen, condition, unconditional, args.guidance_scale)
                 samples.draw(keys, drawing, schedule, args.generation_batch_size)
             x_0 = samples.latents(keys).to(device)  # (B * n, 4, h, w)
@@ -229,7 +229,7 @@ def main(args: argparse.Namespace) -> int:
             if ema is not None:
                 ema.step(parameters)
         optimizer.zero_grad()
-        metrics |= {"samples_per_second": run.samples_per_second(), "generation_time_share": run.generation_share()}
+        metrics |= run.speed("generation")
         run.log_branches(step, x_0, best=rows[::2], worst=rows[1::2])
         run.end_step(step, metrics, unet, ema)
 

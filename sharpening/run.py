@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -264,13 +264,16 @@ class Run:
         )  # fmt: skip
         self._finished, self._last_metrics = self.start_step, {}
         for step in range(self.start_step + 1, self.plan.num_steps + 1):
-            self._started, self._generation_seconds = time.perf_counter(), 0.0
+            self._started, self.phase_seconds = time.perf_counter(), {}
             yield step
         self._log.progress.close()
 
-    def exchange(self, model: nn.Module, last: bool) -> AbstractContextManager:
-        """Around a forward and its backward: processes exchange gradients once per optimizer step, in its last one."""
-        return nullcontext() if last else self.accelerator.no_sync(model)
+    @contextmanager
+    def exchange(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Around a forward with its backward, the phase "train": processes exchange gradients once per optimizer step,
+        in its last one."""
+        with self.phase("train"), nullcontext() if last else self.accelerator.no_sync(model):
+            yield
 
     def any_rank(self, value: int) -> int:
         """The largest `value` over all ranks, so that every rank takes the same turn."""
@@ -280,14 +283,16 @@ class Run:
 
     @contextmanager
     def together(self, step: int) -> Iterator[None]:
-        """Within, a reward may fail: then all ranks stop, with the state after the last finished step saved.
+        """Around the phase "score", in which a reward may fail: then all ranks stop, with the state after the last
+        finished step saved.
 
         Raises:
             Stop: with status 1.
         """
         failure = ""
         try:
-            yield
+            with self.phase("score"):
+                yield
         except RewardError as error:
             failure = f"step {step}: {error}"
         self.stop_if(failure)
@@ -321,20 +326,18 @@ class Run:
         if self.accelerator.scaler is None and not math.isfinite(metrics["grad_norm"]):
             self.stop_if(f"step {step}: the gradient is not finite; lower --learning_rate")
 
-    def samples_per_second(self) -> float:
-        """Prompts of the step, over all processes, by the time since it began."""
-        return self._rows / (time.perf_counter() - self._started)
-
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Around a generation: what `generation_share` counts."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time within as that of a phase of the step, in `phase_seconds`."""
         started = time.perf_counter()
         yield
-        self._generation_seconds += time.perf_counter() - started
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def generation_share(self) -> float:
-        """Of the time since the step began."""
-        return self._generation_seconds / (time.perf_counter() - self._started)
+    def speed(self, *phases: str) -> dict[str, float]:
+        """Curves of time: prompts of all processes per second since the step began, and the share of some phases."""
+        seconds = time.perf_counter() - self._started
+        shares = {f"{name}_time_share": self.phase_seconds.get(name, 0.0) / seconds for name in phases}
+        return {"samples_per_second": self._rows / seconds, **shares}
 
     def log_branches(self, step: int, latents: Tensor, **rows: Tensor) -> None:
         """Log the images of some rows of latents (R, 4, h, w), such as the best branches, if it is time."""
