@@ -49,8 +49,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         m < steps,
         f"--trajectory_nums is {m}, but a path of --infer_steps={steps} has {steps - 1} steps to train on; lower it",
     )
-    empty = "--proportion_empty_prompts says nothing to DDPO, which trains on its own paths; leave it out"
-    require(not args.proportion_empty_prompts, empty)
+    unheeded = "--proportion_empty_prompts says nothing to DDPO, which trains on its own paths; leave it out"
+    require(not args.proportion_empty_prompts, unheeded)
     args.train_rows = args.train_rows or max(4, n * args.train_batch_size)
     return args
 
@@ -125,19 +125,16 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         Stop: with status 1 if a reward or the loss failed, 128 + n by signal n.
     """
-    # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
-    # of diffusers' models.
+    # Imported here, so that --help and --dry_run are answered before seconds of imports.
     from sharpening.data.prompts import load_prompts
     from sharpening.plan import Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
     plan = Plan(args, FLAGS, "DDPO")
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
-    require(
-        bool((schedule.alphas_cumprod[schedule.timesteps] > 0).all()),
-        "--pretrained_model_name_or_path: DDPO cannot take a step from pure noise, where this scheduler's sampling "
-        "starts; use a scheduler without rescale_betas_zero_snr",
-    )
+    starts_noised = bool((schedule.alphas_cumprod[schedule.timesteps] > 0).all())
+    remedy = "use a scheduler without rescale_betas_zero_snr"
+    require(starts_noised, f"DDPO cannot take a step from pure noise, where this model's sampling starts; {remedy}")
     prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
     n, m, accumulation = args.num_noisy_latents, args.trajectory_nums, args.gradient_accumulation_steps
     facts = {"paths": f"n = {n} of {args.infer_steps} steps per prompt, m = {m} of them trained on"}
@@ -187,13 +184,13 @@ def main(args: argparse.Namespace) -> int:
             )  # rows b * n + i are sample i of prompt b
             denoiser = sdxl.Denoiser(unet, condition, unconditional, 1.0)
             noise = draw_noise(args.seed, draws, n, shape).flatten(0, 1)
-            path_noise, kept = draw_paths(args.seed, draws, n, shape, args.infer_steps, m)
+            drawn = (noise, *draw_paths(args.seed, draws, n, shape, args.infer_steps, m))
             unet.eval()
-            parts = []
             with torch.no_grad(), run.phase("generation"), accelerator.autocast():
-                for rows in torch.arange(len(noise)).split(args.generation_batch_size):
-                    drawn = noise[rows].to(device), path_noise[rows].to(device), kept[rows].to(device)
-                    parts.append(sample_paths(denoiser.rows(rows).predict, schedule, *drawn))
+                parts = [
+                    sample_paths(denoiser.rows(i).predict, schedule, *(part[i].to(device) for part in drawn))
+                    for i in torch.arange(len(noise)).split(args.generation_batch_size)
+                ]
             x_0 = torch.cat([part[0] for part in parts])  # (B * n, 4, h, w)
             path = Transitions(*map(torch.cat, zip(*(part[1] for part in parts), strict=True)))
             run.stop_if(not_finite(x_0, step))

@@ -160,24 +160,18 @@ def redact(argv: Sequence[str], groups: Groups) -> list[str]:
 
 
 def as_markdown(groups: Groups) -> str:
-    """A table of flags for each group."""
+    """A table of flags for each group; * marks those that a resumed run may change."""
     lines = []
     for title, flags in groups.items():
-        lines += [
-            f"### {title}",
-            "",
-            "| flag | what it does | default | range or values |",
-            "| --- | --- | --- | --- |",
-        ]
+        lines += [f"### {title}", "", "| flag | what it does | default | values |", "| --- | --- | --- | --- |"]
         for flag in flags:
             default = ", ".join(f"{preset}: {value}" for preset, value in flag.presets.items()) or flag.default
-            default = "required" if flag.required else "" if default in (None, False) else default
-            values = ", ".join(flag.choices) or flag.range
-            words = (
-                ("; " if flag.help else "")
-                .join([flag.help, "; ".join(f"`{word}` means {value}" for word, value in flag.spellings.items())])
-                .rstrip("; ")
-            )
-            lines.append(f"| `--{flag.name}` | {words} | {default} | {values} |".replace("|OR|", "\\|"))
+            default = "required" if flag.required else "" if default is None or default is False else default
+            words = [f"`{word}` means {value}" for word, value in flag.spellings.items() if value is not None]
+            cells = (
+                f"`--{flag.name}`{'*' if flag.free else ''}", "; ".join(filter(None, [flag.help, *words])), default,
+                ", ".join(flag.choices) or flag.range or (flag.metavar or ""),
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -7,14 +7,12 @@ import copy
 import math
 import secrets
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import diffusers
@@ -40,6 +38,7 @@ from sharpening.plan import Plan
 from sharpening.reference import Reference
 from sharpening.rewards.calling import Reward, RewardError
 from sharpening.running import checkpoints, optimization, publishing, tracking
+from sharpening.running.signals import StopSignal
 from sharpening.running.validation import Drawing, Validation, averaged_weights, read_validation_prompts
 from sharpening.running.watch import Watch
 
@@ -435,17 +434,3 @@ class Run:
         if self.plan.world_size > 1 and "gloo" in torch.distributed.get_backend():
             time.sleep(SECONDS_TO_RELEASE)
         self.accelerator.end_training()
-
-
-class StopSignal:
-    """Remembers the first SIGTERM or SIGINT so that the step under way can end; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-        print(f"{signal.Signals(number).name}: ending this step, then saving a checkpoint", flush=True)
