@@ -20,11 +20,24 @@ LATENT = (4, 8, 8)  # of 32 px
 def unet_with(model, weights=None):
     """The UNet of a pipeline in float64, with other weights if they are given."""
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").double()
-    if weights is not None:
-        with torch.no_grad():
-            for parameter, value in zip(unet.parameters(), weights, strict=True):
-                parameter.copy_(value)
-    return double_precision(SimpleNamespace(unet=unet)).unet
+    return double_precision(SimpleNamespace(unet=unet if weights is None else put(weights, unet))).unet
+
+
+def trainable(model, lora):
+    """The UNet of a pipeline as it trains, with an adapter or as a whole."""
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    if lora:
+        unet.requires_grad_(False)
+        unet.add_adapter(sdxl.lora_config(16, None))
+    return unet
+
+
+def put(weights, unet):
+    """Put the weights that an optimizer moves, of an update that was seen, into a UNet."""
+    with torch.no_grad():
+        for parameter, value in zip(sdxl.trainable_parameters(unet), weights, strict=True):
+            parameter.copy_(value)
+    return unet
 
 
 def together(forwards):

@@ -66,16 +66,19 @@ def test_loss_and_gradient_are_those_of_standard_fine_tuning_on_the_best(
 @pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize("samples_of", ["own", "base"])
-def test_own_samples_are_those_of_the_model_as_it_is(samples_of, lora, train, flags, world, prompts, seen, quick):
-    from diffusers import UNet2DConditionModel
-
+def test_samples_are_those_of_the_model_as_it_is_or_of_the_base(
+    samples_of, lora, train, flags, world, prompts, seen, quick
+):
     options = {**prompts, **quick, "samples_of": samples_of, "use_lora": lora, "learning_rate": 1e-2}
     assert train(flags(**options, max_train_steps=2)) == 0
-    base = UNet2DConditionModel.from_pretrained(world.model, subfolder="unet")
-    for part in literal.of(seen, "generate", step=1):
+    own, base = (literal.put(seen.updates[step].weights, literal.trainable(world.model, lora)) for step in (1, 0))
+    drawn = literal.of(seen, "generate", step=1)
+    assert drawn
+    for part in drawn:
         with torch.no_grad():
-            expected = sdxl.predict_output(base, part.x, part.t, part.condition)
-        assert torch.allclose(part.output, expected, rtol=1e-4, atol=1e-5) == (samples_of == "base")
+            of_own, of_base = (sdxl.predict_output(unet, part.x, part.t, part.condition) for unet in (own, base))
+        assert not torch.allclose(of_own, of_base, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(part.output, of_own if samples_of == "own" else of_base, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("no_result")

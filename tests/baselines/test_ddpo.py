@@ -233,6 +233,10 @@ def test_paths_prompts_and_rewards_stay_together_across_slices(train, flags, wor
     x, t, of_rows = literal.together(trained)
     scheduler = scheduler_of(make_pipeline(seed=0).scheduler.config, "epsilon", steps)
     unet = literal.unet_with(world.model, seen.updates[1].weights)
+    for part in generated:  # by the model as it is
+        with torch.no_grad():
+            output = sdxl.predict_output(unet, part.x, part.t, part.condition)
+        torch.testing.assert_close(part.output, output, rtol=1e-9, atol=1e-9)
     objective = 0.0
     for row in range(2 * n):
         for k in range(m):

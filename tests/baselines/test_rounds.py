@@ -75,19 +75,14 @@ def test_pairs_of_a_round_are_drawn_once_by_its_own_reference(lora, train, flags
     generated = [sum(len(part.x) for part in literal.of(seen, "generate", step)) for step in range(8)]
     rows = 2 * 2 * 2 * 2  # prompts, samples, steps, guidance
     assert generated == [rows, rows, 0, 0] * 2
-    unet = UNet2DConditionModel.from_pretrained(world.model, subfolder="unet")
-    if lora:
-        unet.requires_grad_(False)
-        unet.add_adapter(sdxl.lora_config(16, None))
+    unet = literal.trainable(world.model, lora)
     for step in (0, 4, 5):
-        begun = seen.updates[4 if step >= 4 else 0].weights
-        with torch.no_grad():
-            for parameter, value in zip(sdxl.trainable_parameters(unet), begun, strict=True):
-                parameter.copy_(value)
-            for purpose in ("generate", "reference"):
-                for part in literal.of(seen, purpose, step):
+        literal.put(seen.updates[4 if step >= 4 else 0].weights, unet)
+        for purpose in ("generate", "reference"):
+            for part in literal.of(seen, purpose, step):
+                with torch.no_grad():
                     expected = sdxl.predict_output(unet, part.x, part.t, part.condition)
-                    torch.testing.assert_close(part.output, expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(part.output, expected, rtol=1e-5, atol=1e-5)
 
     def latents_of(step):
         (start,) = {len(part.x) for part in literal.of(seen, "generate", step)}

@@ -109,24 +109,26 @@ def test_another_seed_and_another_round_draw_other_samples(denoiser, schedule):
 
 
 def test_a_new_round_forgets_samples_and_scores(denoiser, schedule):
-    """A resumed run that begins amid a round draws the round's samples, as the whole run did."""
-    samples, resumed, calls = sample_sets(), sample_sets(), []
+    samples = sample_sets()
+    keys = samples.keys([0], PROMPTS[:1])
+    samples.draw(keys, denoiser(PROMPTS[0]), schedule, 8)
+    samples.judge(keys, PROMPTS[:1], judge, 8)
+    samples.begin_round(1)
+    with pytest.raises(KeyError):
+        samples.latents(keys)
+    samples.draw(keys, denoiser(PROMPTS[0]), schedule, 8)
+    with pytest.raises(KeyError):
+        samples.scores(keys)
 
-    def begin(latents, prompts):
-        calls.append(prompts)
-        return judge(latents, prompts)
 
-    for number in (0, 1):
-        samples.begin_round(number)
-        keys = samples.keys([0], PROMPTS[:1])
-        with pytest.raises(KeyError):
-            samples.latents(keys)
-        samples.draw(keys, denoiser(PROMPTS[0]), schedule, 8)
-        samples.judge(keys, PROMPTS[:1], begin, 8)
-    assert len(calls) == 2
-    resumed.begin_round(1)
-    resumed.draw(keys, denoiser(PROMPTS[0]), schedule, 8)
-    assert torch.equal(resumed.latents(keys), samples.latents(keys))
+def test_a_run_that_begins_amid_a_round_draws_the_samples_of_that_round(denoiser, schedule):
+    whole, resumed = sample_sets(), sample_sets()
+    whole.draw(whole.keys([0], PROMPTS[:1]), denoiser(PROMPTS[0]), schedule, 8)
+    for samples in (whole, resumed):
+        samples.begin_round(1)
+        samples.draw(samples.keys([0], PROMPTS[:1]), denoiser(PROMPTS[0]), schedule, 8)
+    (key,) = whole.keys([0], PROMPTS[:1])
+    assert torch.equal(whole.latents([key]), resumed.latents([key]))
 
 
 def test_samples_are_judged_once_with_their_prompt_in_slices(denoiser, schedule):
