@@ -210,6 +210,7 @@ def test_the_error_of_a_gain_counts_seeds_and_images():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.timeout(900)
 def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     from PIL import Image
