@@ -32,6 +32,7 @@ class Flag:
         secret: its value must reach no log, tracker or file.
         required: it must be given.
         metavar: how `--help` shows its value.
+        nargs: how many values it takes, as of argparse: "+" for one or more, "*" for any number; None for one.
         spellings: other words for a value of this flag, such as {"--old_switch": "value"}.
     """
 
@@ -46,6 +47,7 @@ class Flag:
     secret: bool = False
     required: bool = False
     metavar: str | None = None
+    nargs: str | None = None
     spellings: Mapping[str, Any] = field(default_factory=dict)
 
     def described(self) -> str:
@@ -105,6 +107,7 @@ def make_parser(description: str, groups: Groups, prog: str | None = None) -> On
                 options["action"] = argparse.BooleanOptionalAction
             else:
                 options |= {"type": flag.type, "choices": flag.choices or None, "metavar": flag.metavar}
+                options["nargs"] = flag.nargs
             group.add_argument(f"--{flag.name}", required=flag.required, **options)
             for word, value in flag.spellings.items():
                 group.add_argument(

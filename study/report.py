@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from study.plan import DATA, METRICS, ON_IMAGES, ON_SAMPLES, THE_LETTER, Plan, Run, Size
+from study.plan import Plan, Run
+from study.settings import DATA, METRICS, ON_IMAGES, ON_SAMPLES, THE_LETTER, Size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
