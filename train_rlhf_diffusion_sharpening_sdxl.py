@@ -106,8 +106,8 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
     """Rows that one process puts through the UNet in an optimizer step, by purpose, and through the decoder.
 
     With P prompts, n branches of m steps, L latents per prompt of T sampling steps that serve k updates, and 2 rows
-    where guidance is used: P L T / k to generate; P n m to score, or 2 P (m - 1) to reach the pairs' states if samples
-    are judged, and then 2 P m to compare unless one forward does; 2 P m for the reference, or 2 P on first steps only;
+    where guidance is used: P L T / k to generate; P n m to score or, if samples are judged, 2 P m to walk the pairs,
+    2 P (m - 1) where the last output comes with its gradient; 2 P m for the reference, or 2 P on first steps only;
     2 P m to train. Branches that end early, below t = 0, cost less.
     """
     prompts = args.train_batch_size * args.gradient_accumulation_steps
@@ -117,8 +117,7 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
     along_branches = args.reward_on == "trajectory"
     return {
         "generate": latents * args.infer_steps * (1 if args.guidance_scale == 1 else 2),
-        "score": prompts * (n * m if along_branches else 2 * (m - 1)) * guided,
-        "compare": 0 if along_branches or one_forward_trains(args) else 2 * prompts * m,
+        "score": prompts * (n * m if along_branches else 2 * (m - 1 if one_forward_trains(args) else m)) * guided,
         "reference": 2 * prompts * (m if args.reference_steps == "all" else 1),
         "train": 2 * prompts * m * (guided if args.backprop_through_sampler else 1),
         "decode": prompts * n * m if along_branches else latents,
@@ -197,7 +196,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_divergence, add_preference, add_rewards
     from sharpening.selection import begin_samples, score_branches, select
-    from sharpening.trajectory import Branches, outputs_through_sampler, walk_states
+    from sharpening.trajectory import Branches, outputs_through_sampler, walk_path
 
     run = Run(plan)
     reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
@@ -280,24 +279,23 @@ def main(args: argparse.Namespace) -> int:
             add_rewards(means, scores, selection, t, schedule.num_train_timesteps)
 
             # ----------------------------------------------------------------------------------------- COMPARE
-            pairs, of_pairs = branches.rows(rows), condition.rows(rows)
+            pairs, of_pairs, at_once = branches.rows(rows), condition.rows(rows), one_forward_trains(args)
             if args.reward_on == "trajectory":
                 path = path.rows(rows)
             else:
                 walking = sdxl.Denoiser(unet, of_pairs, unconditional, guidance)
-                path = walk_states(walking.rows, schedule, pairs, m, args.score_batch_size)
+                path = walk_path(walking.rows, schedule, pairs, m, args.score_batch_size, outputs=not at_once)
             measured = path if args.reference_steps == "all" else path.first(1)
             with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
                 reference_output = sdxl.predict_along(frozen, measured, of_pairs, args.train_rows)
             reference_errors = regression.errors(pairs, measured, reference_output)  # (2 B, m)
             unet.train()
-            at_once = one_forward_trains(args)
             with run.exchange(model, last) if at_once else torch.no_grad():
                 if args.backprop_through_sampler:
                     walking = sdxl.Denoiser(model, of_pairs, unconditional, guidance)
                     output = outputs_through_sampler(walking.model(), schedule, pairs, m)
                 elif path.output is None:
-                    output = sdxl.predict_along(model if at_once else unet, path, of_pairs, args.train_rows)
+                    output = sdxl.predict_along(model, path, of_pairs)
                 else:
                     output = path.output  # (2 B, m, 4, h, w)
                 errors = regression.errors(pairs, path, output)  # (2 B, m)

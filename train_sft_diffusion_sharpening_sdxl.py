@@ -102,7 +102,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_rewards
     from sharpening.selection import score_branches, select
-    from sharpening.trajectory import Branches, outputs_through_sampler, walk_states
+    from sharpening.trajectory import Branches, outputs_through_sampler, walk_path
 
     run = Run(plan)
     reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> int:
             walking = sdxl.Denoiser(unet, of_branches, unconditional, guidance_scale)
             best, usable = torch.arange(batch_size), torch.ones(batch_size, dtype=torch.bool)  # (B,) rows; bool
             if n == 1:
-                path = walk_states(walking.rows, schedule, branches, m, args.score_batch_size)
+                path = walk_path(walking.rows, schedule, branches, m, args.score_batch_size, outputs=False)
             else:
                 with run.together(step):
                     scores, path = score_branches(walking.rows, judge, schedule, branches, m, args.score_batch_size)

@@ -12,36 +12,12 @@ starts from the same noise. Images are kept in `--output_dir`: the same command 
 Writes `summary.json`, `summary.csv`, `scores.csv` (every image), `grid.png`.
 """
 
-import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from reward import load_reward
-from sharpening import arguments
+from reward import REWARD_FLAGS, check_reward_flags, load_reward, reward_options
 from sharpening.errors import exit_status
 from sharpening.evaluation.flags import parse_args
-from sharpening.flags import Flag
-
-
-def reward_flags() -> tuple[Flag, ...]:
-    """The reward flags of `sharpening.arguments`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    arguments.add_reward_flags(parser.add_argument_group("reward"))
-    return tuple(
-        Flag(a.dest, a.help, a.type or str, a.default, choices=tuple(a.choices or ()), metavar=a.metavar)
-        for a in parser._actions
-    )
-
-
-def check_reward_flags(values: Mapping[str, Any]) -> None:
-    """Refuse reward flags that cannot work."""
-    arguments.check_reward_flags(argparse.Namespace(**values))
-
-
-def reward_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What `load_reward` takes of the flags."""
-    return arguments.reward_flags(argparse.Namespace(**values))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: naming the flag and the remedy.
     """
-    options = parse_args(argv, reward_flags(), check_reward_flags, reward_options)
+    options = parse_args(argv, REWARD_FLAGS, check_reward_flags, reward_options)
     from sharpening.evaluation.command import evaluate  # imports torch, which a mistyped flag need not wait for
 
     return evaluate(options, load_reward)

@@ -5,13 +5,16 @@ A row that is trained on costs three, a decoded latent what its floating-point o
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tiny_world/sdxl"
 SFT, RLHF = "train_sft_diffusion_sharpening_sdxl", "train_rlhf_diffusion_sharpening_sdxl"  # paths without .py
+DPO, BEST_OF_N, DDPO = (f"baselines/{name}" for name in ("diffusion_dpo", "best_of_n", "ddpo"))
 TRAINING_PROMPTS = 45
 
 
@@ -41,29 +44,22 @@ def decode_cost() -> float:
 
 
 def compute_per_update(script: str, flags: Mapping[str, object], decode: float) -> float:
-    """Forwards of a row that an optimizer step of the method needs.
+    """Forwards of a row that an optimizer step of a script needs, by its own account."""
+    module, args = _parsed(script, flags)
+    return _forwards(module.rows_per_step(args), decode)
 
-    That is less than the script spends where it looks at more than it must: one noise needs no score; a pair that was
-    judged by its samples none before its one gradient step; regression on the best branch no reference; and pairs
-    drawn once are judged once (see `compute_before`).
-    """
+
+def compute_before(script: str, flags: Mapping[str, object], decode: float) -> float:
+    """Forwards of a row to draw and to judge what a script keeps for its whole run."""
+    module, args = _parsed(script, flags)
+    return _forwards(module.rows_before(args, TRAINING_PROMPTS), decode) if script in (DPO, BEST_OF_N) else 0
+
+
+def _parsed(script: str, flags: Mapping[str, object]) -> tuple[ModuleType, argparse.Namespace]:
     module = import_module(script.replace("/", "."))
-    args = module.parse_args(words({**flags, "output_dir": "none"}))
-    rows = module.rows_per_step(args)
-    if args.num_noisy_latents == 1:
-        rows |= {"score": 0, "decode": 0}
-    if script == RLHF and args.reward_on == "sample" and args.trajectory_nums == 1:
-        rows |= {"score": 0}
-    if script == RLHF and args.train_on == "best":
-        rows |= {"reference": 0}
-    if script == RLHF and args.generate_with == "reference":
-        rows |= {"generate": 0, "decode": 0}
-    weights = {"generate": 1, "score": 1, "reference": 1, "train": 3, "decode": decode}
-    return sum(weights[name] * count for name, count in rows.items())
+    return module, module.parse_args(words({**flags, "output_dir": "none"}))
 
 
-def compute_before(flags: Mapping[str, object], decode: float) -> float:
-    """Forwards of a row to draw and to judge a frozen reference's latents, once."""
-    if flags.get("generate_with") != "reference":
-        return 0
-    return TRAINING_PROMPTS * flags["reference_sets"] * flags["num_noisy_latents"] * (flags["infer_steps"] + decode)
+def _forwards(rows: Mapping[str, float], decode: float) -> float:
+    weights = {"train": 3, "decode": decode}
+    return sum(weights.get(purpose, 1) * count for purpose, count in rows.items())

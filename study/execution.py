@@ -3,7 +3,7 @@
     bash scripts/study.sh                 # everything, into outputs/study; `docs/study.md` is written about it
     bash scripts/study.sh --quick         # the same plan with a handful of updates and images: does it all run?
 
-Trains every method with the two training scripts, judges every model with `scripts/evaluate.py`, and writes
+Trains every method with its script, judges every model with `scripts/evaluate.py`, and writes
 `tables.md` and the figures. What is done already is not done again; every run is one process with one
 thread, so that results do not depend on `--jobs`.
 """
@@ -47,15 +47,8 @@ def write_data(size: Size, output_dir: Path) -> None:
 
 def train(run: Run, folder: Path) -> float:
     """Train a run into `folder/model`; returns its seconds."""
-    commands, start = [], None
-    for index in range(run.rounds):
-        target = folder / ("model" if index == run.rounds - 1 else f"round{index}")
-        flags = {**run.flags, "max_train_steps": run.updates, "seed": 1000 * index + run.seed, "output_dir": target}
-        if start is not None:
-            flags["pretrained_model_name_or_path"] = start
-        commands.append([f"{run.script}.py", *words(flags)])
-        start = target
-    return once(folder, commands, fresh=[folder])
+    flags = {**run.flags, "max_train_steps": run.updates, "seed": run.seed, "output_dir": folder / "model"}
+    return once(folder, [[f"{run.script}.py", *words(flags)]], fresh=[folder])
 
 
 def evaluate(models: Mapping[str, tuple[str | Path, str]], folder: Path, images: int) -> float:

@@ -11,15 +11,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from study.cost import MODEL, RLHF, SFT, compute_before, compute_per_update
+from study.cost import BEST_OF_N, DDPO, DPO, MODEL, RLHF, SFT, compute_before, compute_per_update
 from study.settings import (
     COMMON,
     DATA,
+    DRAWN,
     FROM_UPDATES,
     IMAGES,
     LETTER,
     ON_IMAGES,
     ON_SAMPLES,
+    PAIRS,
+    PATHS,
     PLAIN,
     SAMPLES,
     SFT_NAME,
@@ -33,15 +36,14 @@ from study.settings import (
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: `updates` optimizer steps of a script, in `rounds` that each start from the one before."""
+    """A training run: `updates` optimizer steps of a script."""
 
     name: str
     script: str  # its path without .py
     updates: int
     seed: int
     flags: Mapping[str, object] = field(hash=False)
-    compute: float = 0.0  # forwards of a row, over all rounds
-    rounds: int = 1
+    compute: float = 0.0  # forwards of a row
 
     @property
     def key(self) -> str:
@@ -129,16 +131,18 @@ class Planner:
         """Flags of a run on prompts."""
         return {**self.common, "prompts_file": self.output_dir / "prompts.txt"}
 
-    def run(
-        self, name: str, script: str, seed: int, updates: int | None = None, rounds: int = 1, **flags: object
-    ) -> Run:
+    def run(self, name: str, script: str, seed: int, updates: int | None = None, **flags: object) -> Run:
         """A run; without `updates`, as many as `size.compute` allows."""
         flags = {**(self.of_images if script == SFT else self.of_prompts), **flags}
-        each, before = compute_per_update(script, flags, self.decode), compute_before(flags, self.decode)
-        updates = updates or max(2, int((self.size.compute / rounds - before) / each))
-        flags |= {"lr_warmup_steps": max(1, updates // 10), "num_validation_images": self.size.validation_images}
-        flags["validation_steps"] = max(1, updates // 6) if seed == 0 and name in SHOWN_OVER_TIME else 0
-        return Run(name, script, updates, seed, flags, rounds * (before + updates * each), rounds)
+        each, before = compute_per_update(script, flags, self.decode), compute_before(script, flags, self.decode)
+        rounds = flags.get("rounds", 1)  # each warms up anew
+        updates = updates or rounds * max(2, int((self.size.compute - before) / each / rounds))
+        flags |= {
+            "lr_warmup_steps": max(1, updates // rounds // 10),
+            "num_validation_images": self.size.validation_images,
+            "validation_steps": max(1, updates // 6) if seed == 0 and name in SHOWN_OVER_TIME else 0,
+        }
+        return Run(name, script, updates, seed, flags, before + updates * each)
 
     def per_seed(self, name: str, script: str, seeds: Sequence[int] | None = None, **options: object) -> list[Run]:
         """The same run with each seed; `options` are those of `run`."""
@@ -147,19 +151,16 @@ class Planner:
     def table_1(self) -> dict[str, list[Run]]:
         """Every method at equal compute."""
         sets = self.size.reference_sets
-        of_base = {**SAMPLES, "generate_with": "reference", "reference_sets": sets}
-        dpo = {**of_base, "reward_margin_scale": 0}  # Diffusion-DPO knows no margin
-        in_rounds = {**dpo, "reference_sets": max(1, sets // 3), "rounds": 3}
-        best_of_base = {**of_base, "train_on": "best", "learning_rate": 5e-4}
-        best_of_own = {**SAMPLES, "train_on": "best", "learning_rate": 1e-5}
-        policy = {**SAMPLES, "share_noise_in_pair": False, "train_on": "policy", "trajectory_nums": 4}
+        dpo, in_rounds = {**PAIRS, "sets": sets}, {**PAIRS, "sets": max(1, sets // 3), "rounds": 3}
+        best_of_base = {**DRAWN, "samples_of": "base", "sets": sets, "learning_rate": 5e-4}
+        best_of_own = {**DRAWN, "learning_rate": 1e-5}
         return {
             "standard fine-tuning": self.per_seed("table1_fine_tuning", SFT, **PLAIN),
-            "best of 4 of the base, fine-tuning": self.per_seed("table1_best_of_base", RLHF, **best_of_base),
-            "best of 4 of its own, fine-tuning": self.per_seed("table1_best_of_own", RLHF, **best_of_own),
-            "Diffusion-DPO, fixed pairs": self.per_seed("table1_dpo", RLHF, **dpo),
-            "Diffusion-DPO in 3 rounds (as IterPO)": self.per_seed("table1_dpo_rounds", RLHF, **in_rounds),
-            "policy gradient (DDPO)": self.per_seed("table1_ddpo", RLHF, **policy),
+            "best of 4 of the base, fine-tuning": self.per_seed("table1_best_of_base", BEST_OF_N, **best_of_base),
+            "best of 4 of its own, fine-tuning": self.per_seed("table1_best_of_own", BEST_OF_N, **best_of_own),
+            "Diffusion-DPO, fixed pairs": self.per_seed("table1_dpo", DPO, **dpo),
+            "Diffusion-DPO in 3 rounds (as IterPO)": self.per_seed("table1_dpo_rounds", DPO, **in_rounds),
+            "policy gradient (DDPO)": self.per_seed("table1_ddpo", DDPO, **PATHS),
             ON_IMAGES: self.per_seed("table1_sft", SFT, **SHARPENED),
             THE_LETTER: self.per_seed("table1_rlhf_letter", RLHF, **LETTER),
             ON_SAMPLES: self.per_seed("table1_rlhf", RLHF, **SAMPLES),
@@ -222,15 +223,7 @@ class Planner:
             flags = {name: value for name, value in first.flags.items() if name not in FROM_UPDATES}
             rate = flags.pop("learning_rate")
             rates[label] = [
-                self.run(
-                    f"{word}_{first.name}",
-                    first.script,
-                    first.seed,
-                    None,
-                    first.rounds,
-                    learning_rate=changed,
-                    **flags,
-                )
+                self.run(f"{word}_{first.name}", first.script, first.seed, learning_rate=changed, **flags)
                 for word, changed in (("low", rate / 3), ("high", rate * 3))
             ]
         return rates

@@ -11,11 +11,16 @@ COMMON = {
     "validation_guidance_scale": 1, "validation_epochs": 0, "checkpointing_steps": 1_000_000,
 }  # fmt: skip
 IMAGES = {"center_crop": True, "proportion_empty_prompts": 0.1, "learning_rate": 5e-4}
+DRAWN = {"num_noisy_latents": 4, "infer_steps": 10, "guidance_scale": 1, "generation_batch_size": 96}
 # The setting of scripts/quickstart_rlhf.sh.
 SAMPLES = {
-    "reward_on": "sample", "latents_per_prompt": "n", "share_noise_in_pair": True, "num_noisy_latents": 4,
-    "trajectory_nums": 1, "infer_steps": 10, "guidance_scale": 1, "beta_dpo": 200, "learning_rate": 1e-4,
-    "generation_batch_size": 96,
+    **DRAWN, "reward_on": "sample", "latents_per_prompt": "n", "branch_noise": "shared", "trajectory_nums": 1,
+    "beta_dpo": 200, "learning_rate": 1e-4,
+}  # fmt: skip
+PAIRS = {**DRAWN, "beta_dpo": 200, "learning_rate": 1e-4}
+PATHS = {
+    "num_noisy_latents": 4, "trajectory_nums": 4, "infer_steps": 10, "generation_batch_size": 96,
+    "learning_rate": 1e-4,
 }  # fmt: skip
 # As the paper has it, but without guidance, which all models here are judged without.
 LETTER = {

@@ -28,7 +28,7 @@ from sharpening.evaluation import search
 from sharpening.files import write_aside
 from sharpening.model_source import Source
 from sharpening.run_flags import LORA_FILE
-from sharpening.trajectory import Guide, Predict, Schedule
+from sharpening.trajectory import Schedule
 
 if TYPE_CHECKING:
     from sharpening.rewards.calling import Reward
@@ -194,15 +194,14 @@ def _search(
     unconditional = sdxl.Unconditional(negative[:1], negative_pooled[:1])
     schedule = Schedule.from_config(pipeline.scheduler.config, drawing.steps)
 
-    def model(rows: Tensor) -> tuple[Predict, Guide | None]:
-        # The pipeline guides above 1 only.
-        return sdxl.branch_model(unet, condition.rows(rows), unconditional, max(1.0, drawing.guidance_scale))
+    # The pipeline guides above 1 only.
+    denoiser = sdxl.Denoiser(unet, condition, unconditional, max(1.0, drawing.guidance_scale))
 
     def judge(latents: Tensor, rows: Tensor) -> Tensor:
         decoded = sdxl.decode_latents(vae, latents, batch_size)
         return reward.get_reward(decoded, [prompts[row] for row in rows])
 
-    problem = search.Problem(model, judge, schedule, sdxl.latent_shape(vae, size), seeds, device, batch_size)
+    problem = search.Problem(denoiser.rows, judge, schedule, sdxl.latent_shape(vae, size), seeds, device, batch_size)
     name, arguments = search.parse(drawing.search)
     with torch.autocast(device.type, enabled=device.type == "cuda"):
         return sdxl.decode_latents(vae, search.METHODS[name](problem, *arguments), batch_size)

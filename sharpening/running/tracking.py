@@ -15,6 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+from sharpening.files import write_aside
 from sharpening.running.watch import Watch
 
 
@@ -61,9 +62,8 @@ class MetricsFile:
     def __init__(self, path: Path, start_step: int):
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= start_step] if start_step else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.rename(path)
+        with write_aside(path) as aside:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         with self.path.open("a") as file:

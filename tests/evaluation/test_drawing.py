@@ -74,10 +74,9 @@ def test_images_of_other_settings_are_never_taken(change, evaluate, folder, tmp_
 
 
 def test_lora_folder_is_applied_to_the_base(evaluate, folder, tmp_path):
-    from types import SimpleNamespace
 
     unet = StableDiffusionXLPipeline.from_pretrained(folder / "model0").unet
-    unet.requires_grad_(False).add_adapter(sdxl.lora_config(SimpleNamespace(lora_rank=4, lora_alpha=9.0)))
+    unet.requires_grad_(False).add_adapter(sdxl.lora_config(4, 9.0))
     with torch.no_grad():
         for parameter in sdxl.trainable_parameters(unet):
             parameter.normal_(std=0.3)

@@ -13,8 +13,10 @@ def test_table_1_spends_the_same_compute_on_every_method(plan, decode):
     for label, runs in plan.table_1.items():
         for run in runs:
             each = compute_per_update(run.script, run.flags, decode)
-            assert size.compute - run.rounds * each < run.compute <= size.compute, label
-            assert run.compute == pytest.approx(run.rounds * (compute_before(run.flags, decode) + run.updates * each))
+            rounds = run.flags.get("rounds", 1)
+            assert run.updates % rounds == 0 and size.compute - rounds * each < run.compute <= size.compute, label
+            before = compute_before(run.script, run.flags, decode)
+            assert run.compute == pytest.approx(before + run.updates * each)
     assert {run.seed for runs in plan.table_1.values() for run in runs} == {0, 1, 2}
     assert len(plan.table_1) == 9
 
@@ -55,7 +57,7 @@ def test_every_command_is_understood_and_every_run_has_a_folder_of_its_own(plan,
         assert run.key.isidentifier()  # as evaluate.py asks of a model's name
         script = import_module(run.script.replace("/", "."))
         args = script.parse_args(words({**run.flags, "output_dir": folder / "x", "max_train_steps": run.updates}))
-        assert args.lr_warmup_steps == max(1, run.updates // 10)
+        assert args.lr_warmup_steps == max(1, run.updates // run.flags.get("rounds", 1) // 10)
 
 
 def test_worst_of_n_is_the_same_run_with_the_reward_turned_round(plan):
