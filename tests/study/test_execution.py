@@ -42,6 +42,7 @@ def test_a_folder_in_which_another_study_writes_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.timeout(900)
 def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     command = [sys.executable, "-m", "study", "--quick", "--output_dir", str(tmp_path / "study")]
