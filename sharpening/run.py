@@ -308,7 +308,7 @@ class Run:
         # Not into the progress bar's line.
         message = failure or "the reward failed on another process"
         tqdm.write(f"error: {message}; the run is saved in {path}", file=sys.stderr)
-        self._end_group()
+        self.close()
         raise Stop(1)
 
     def stop_if_diverged(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -371,7 +371,7 @@ class Run:
             self._save(step)
         if number:
             logger.info(f"interrupted after step {step}; continue with --resume_from_checkpoint latest")
-            self._end_group()
+            self.close()
             raise Stop(128 + number)
 
     def _validation_is_due(self, step: int) -> bool:
@@ -401,7 +401,7 @@ class Run:
             tracking.plot_rewards(self._log.path, self.output_dir / "reward_curve.png")
             saved = "LoRA adapter" if args.use_lora else "pipeline"
             print(f"saved the {saved} and reward_curve.png to {self.output_dir}", flush=True)
-        self._end_group()
+        self.close()
         if self.is_main and args.push_to_hub:
             repository = args.hub_model_id or self.output_dir.name
             publishing.push_to_hub(self.output_dir, repository, args.hub_token, args.logging_dir)
@@ -423,7 +423,7 @@ class Run:
         card.save(partial / "README.md")
         publishing.replace_result(partial, self.output_dir)
 
-    def _end_group(self) -> None:
+    def close(self) -> None:
         """End trackers and the process group; every rank must call it.
 
         The group is destroyed under the interpreter's lock, which gloo's workers need once more to release the tensors
