@@ -68,7 +68,7 @@ def sft_weights(active: Tensor, usable: Tensor) -> Tensor:
     active (B, m) bool: a branch's steps; usable (B,) bool: a prompt without any score teaches nothing, and counts in
     the divisor.
     """
-    return (active & usable[:, None]).float() / active.sum(1, keepdim=True) / len(active)
+    return (active & usable[:, None]) / active.sum(1, keepdim=True) / len(active)
 
 
 def main(args: argparse.Namespace) -> int:
