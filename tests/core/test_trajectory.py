@@ -186,7 +186,7 @@ def test_states_are_those_of_the_walk_and_the_last_costs_no_forward(batch_size):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_with_outputs_the_last_state_costs_a_forward_too_and_all_are_kept(steps):
-    path, branches, _, model_of, seen = walked(steps, outputs=True)
+    path, _, _, model_of, seen = walked(steps, outputs=True)
     assert sum(seen) == 5 * steps
     without = walked(steps)[0]
     assert torch.equal(path.active, without.active)
