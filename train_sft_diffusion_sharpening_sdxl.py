@@ -4,9 +4,10 @@ For every image-text pair:
     SAMPLE  n noises and one timestep t; noise the image's latent n ways.
     SCORE   walk m sampling steps from each of the n branches without gradient; reward the clean estimate of each step.
     SELECT  the branch with the largest summed reward (eq. 8), prompt by prompt.
-    TRAIN   walk the selected branch again and regress every step to that branch's noise (eq. 9).
-States along a branch are data, so each step of TRAIN is backpropagated on its own: the gradient is that of the whole
-loss, and peak memory grows neither with n nor with m. n = m = 1 is standard fine-tuning.
+    TRAIN   regress to that branch's noise on the m states that it went through (eq. 9).
+States along a branch are data, so they are trained on as rows, in slices of `--train_rows`: the gradient is that of
+the whole loss, and peak memory grows neither with n nor with m. With n = 1 there is nothing to select and nothing is
+judged; n = m = 1 is standard fine-tuning.
 
     accelerate launch train_sft_diffusion_sharpening_sdxl.py --pretrained_model_name_or_path=MODEL \
         --dataset_name=DATA --reward_model=clip --resolution=512 --train_batch_size=1 --mixed_precision=fp16
@@ -18,15 +19,17 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from sharpening.arguments import parse, shared_parser, validate_schedule
+from reward import REWARD_FLAGS, check_reward_flags, load_reward, reward_options
+from sharpening import flags
 from sharpening.errors import exit_status
+from sharpening.run_flags import NOISING, RUN_FLAGS, TRAJECTORY, parse_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from sharpening.trajectory import Guide, Predict, Schedule
+FLAGS: flags.Groups = {**RUN_FLAGS, "method": TRAJECTORY, "noise and timesteps": NOISING, "reward": REWARD_FLAGS}
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -35,270 +38,171 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: naming the flag and the remedy.
     """
-    parser = shared_parser(__doc__.splitlines()[0])
-    parser.set_defaults(method="SFT")
-    return parse(parser, argv)
+    args = parse_run(__doc__.splitlines()[0], FLAGS, argv)
+    check_reward_flags(vars(args))
+    # As many rows as one step of the batch's branches has, or 4 where that is less.
+    args.train_rows = args.train_rows or max(4, args.train_batch_size)
+    return args
 
 
-def rows_per_step(args: argparse.Namespace) -> dict[str, int]:
+def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
     """Rows that one process puts through the UNet in an optimizer step, by purpose, and through the decoder.
 
-    With P prompts, n branches of m steps, and 2 rows where a branch is guided: P n m to score, P m to train. Branches
-    that end early, below t = 0, cost less.
+    With P prompts, n branches of m steps, and 2 rows where a branch is guided: P n m to score, P m to train. With
+    n = 1 the score pass only walks to the last state, P (m - 1), and judges nothing. Branches that end early, below
+    t = 0, cost less.
     """
     prompts = args.train_batch_size * args.gradient_accumulation_steps
+    n, m = args.num_noisy_latents, args.trajectory_nums
     guided = 1 if args.branch_guidance_scale == 1 else 2
-    steps = prompts * args.trajectory_nums
     return {
-        "score": steps * args.num_noisy_latents * guided,
-        "train": steps * guided,
-        "decode": steps * args.num_noisy_latents,
+        "score": prompts * (n * m if n > 1 else m - 1) * guided,
+        "train": prompts * m * (guided if args.backprop_through_sampler else 1),
+        "decode": prompts * n * m if n > 1 else 0,
     }
 
 
-def sft_losses(
-    args: argparse.Namespace,
-    predict: Predict,
-    guide: Guide | None,
-    schedule: Schedule,
-    x_t: Tensor,
-    t: Tensor,
-    x_0: Tensor,
-    eps: Tensor,
-    active: Tensor,
-) -> Iterator[Tensor]:
-    """Equation 9 step by step: yields m scalars whose sum is the loss over the chosen branches.
+def sft_weights(active: Tensor, usable: Tensor) -> Tensor:
+    """Equation 9 as weights (B, m) of the errors of B chosen branches: the mean over prompts of the mean over steps.
 
-    `loss = mean over prompts, then over a branch's active steps, of |eps_theta(x_k, c, t_k) - eps|^2`. The weight of
-    a step depends on no model output, so each scalar can be backpropagated before the next forward.
-
-    Shapes: x_t, x_0, eps (B, 4, h, w), the start, clean latent and noise of each chosen branch; t (B,) where it
-    starts; active (B, m) bool, from the score pass; a row without any active step carries no gradient.
+    active (B, m) bool: a branch's steps; usable (B,) bool: a prompt without any score teaches nothing, and counts in
+    the divisor.
     """
-    from sharpening.trajectory import weighted_errors
-
-    weights = active.to(x_t.dtype) / active.sum(1, keepdim=True).clamp(min=1) / len(active)  # (B, m)
-    detach, target = not args.backprop_through_sampler, (args.branch_target, args.snr_gamma)
-    yield from weighted_errors(predict, schedule, x_t, t, x_0, eps, weights, guide, detach, *target)
+    return (active & usable[:, None]) / active.sum(1, keepdim=True) / len(active)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train; returns the exit status: 0 finished, 1 stopped by a failing reward or loss, 128 + n by signal n."""
+    """Train; returns 0 when finished.
+
+    Raises:
+        Stop: with status 1 if a reward or the loss failed, 128 + n by signal n.
+    """
     # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
     # of diffusers' models.
-    import math
-    import time
-    from contextlib import nullcontext
-    from pathlib import Path
-
-    from sharpening import model_source
     from sharpening.data.captioned_images import load_captioned_images
-    from sharpening.running import launching
-    from sharpening.trajectory import Schedule
+    from sharpening.plan import Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
-    accelerator = launching.make_accelerator(args)
-    device, world_size, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
-    weight_dtype = launching.weight_dtype(accelerator)
-    output_dir = Path(args.output_dir)
-    source = model_source.pipeline_source(args)
-    scheduler_config = source.read_json("scheduler/scheduler_config.json")
-    validate_schedule(args, scheduler_config["num_train_timesteps"])
-    schedule = Schedule.from_config(scheduler_config, args.infer_steps, args.prediction_type)
-    images = load_captioned_images(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        train_data_dir=args.train_data_dir,
-        image_column=args.image_column,
-        caption_column=args.caption_column,
-        max_train_samples=args.max_train_samples,
-        seed=args.seed or 0,
-        cache_dir=args.cache_dir,
-    )
-
+    plan = Plan(args, FLAGS, "SFT Diffusion-Sharpening")
+    schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
+    images = load_captioned_images(image_column=args.image_column, **plan.data_options())
     n, m, batch_size = args.num_noisy_latents, args.trajectory_nums, args.train_batch_size
-    accumulation = args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(images) / (batch_size * accumulation * world_size))
-    num_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    if is_main:
-        trained_on = f"{len(images)} rows of {args.dataset_name or args.train_data_dir}"
-        cost = rows_per_step(args)
-        print(launching.describe(args, source, accelerator, trained_on, cost, steps_per_epoch, num_steps), flush=True)
+    accumulation, guidance_scale = args.gradient_accumulation_steps, args.branch_guidance_scale
+    setting = f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)"
+    data = len(images), f"{len(images)} rows of {args.dataset_name or args.train_data_dir}"
+    plan.settle(*data, rows_per_step(args), {"preset": setting})
     if args.dry_run:
         return 0
 
     import torch
-    from diffusers.optimization import get_scheduler
-    from torch.utils.data import DataLoader
 
-    from reward import load_reward
-    from sharpening import draws, run, sdxl
-    from sharpening.data.encoding_cache import cache_latents_and_embeddings, collate
-    from sharpening.rewards.calling import RewardError
-    from sharpening.running import checkpoints, publishing, tracking
-    from sharpening.running.validation import Validation, averaged_weights
-    from sharpening.trajectory import score_branches, select
+    from sharpening import sdxl
+    from sharpening.data.encoding_cache import cache_latents_and_embeddings
+    from sharpening.regression import Regression
+    from sharpening.run import Run
+    from sharpening.running.curves import Means, add_rewards
+    from sharpening.selection import score_branches, select
+    from sharpening.trajectory import Branches, outputs_through_sampler, walk_path
 
-    run.quiet_libraries()
-    checkpoint = checkpoints.prepare_output(accelerator, args)
-    start_step, run_id = checkpoints.resolve_run(accelerator, args, checkpoint)
-    reward = load_reward(args.reward_model, device, **run.reward_options(args, world_size))
-    run.start_trackers(accelerator, args, run_id)
+    run = Run(plan)
+    reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
+    run.start_trackers()
 
-    # -------------------------------------------------------------------------------------------------- MODELS
-    vae = sdxl.load_vae(args, source, device, weight_dtype)
-    reward_decoder = sdxl.load_reward_decoder(args, device, weight_dtype) if args.reward_vae else vae
-    unet = sdxl.load_unet(args, source, device, weight_dtype)
+    # ----------------------------------------------------------------------------------------- MODELS AND DATA
+    vae, reward_decoder = run.load_decoders()
+    unet = run.load_unet()
     parameters = sdxl.trainable_parameters(unet)
-    ema = run.make_ema(unet, parameters, args, device) if args.use_ema else None
-    optimizer = run.make_optimizer(parameters, args, world_size, scaled=accelerator.scaler is not None)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps
-    )
-    model, optimizer = accelerator.prepare(unet, optimizer)
-    checkpoints.register_checkpointing(accelerator, unet, ema, lr_scheduler)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
+    optimizer, lr_scheduler, ema = run.make_optimizer(unet)
+    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
+    regression = Regression(schedule, args.branch_target, args.snr_gamma)
 
-    # ---------------------------------------------------------------------------------------------------- DATA
-    encoders = sdxl.TextEncoders.load(source, device, weight_dtype)
-    unconditional = sdxl.unconditional_embedding(source, encoders)
-    validation = Validation(args, encoders, unconditional)
-    cached = cache_latents_and_embeddings(
+    encoders, unconditional = run.load_text_encoders(vae, reward)
+    data = cache_latents_and_embeddings(
         images,
         image_column=args.image_column,
         caption_column=args.caption_column,
         resolution=args.resolution,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
-        seed=args.seed,
         encode_images=lambda pixels: sdxl.encode_images(vae, pixels),
         encode_prompts=encoders.encode,
-        batch_size=args.decode_batch_size,
-        key={"vae": model_source.vae_identity(args, source), "text": model_source.text_identity(source)},
-        cache_dir=args.cache_dir,
-        dtype=weight_dtype,
+        **run.cache_options(images=True),
     )
     del encoders
-    sampler = draws.DrawSampler(
-        len(cached), batch_size, accelerator.process_index, world_size, accumulation, args.seed, start_step, num_steps
-    )
-    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": device.type == "cuda"}
-    batches = iter(DataLoader(cached, batch_sampler=sampler, collate_fn=collate, **workers))
-    probabilities = draws.timestep_probabilities(args, schedule.num_train_timesteps)  # (T,)
+    batches, draws = run.batches(data), run.draws()
 
     # ------------------------------------------------------------------------------------------------ TRAINING
-    stop = run.StopSignal()
-    means = tracking.Means(device)
-    log = tracking.StepLog(accelerator, args, parameters, start_step, num_steps)
-    step, metrics = start_step, {}
-    for step in range(start_step + 1, num_steps + 1):
-        started, failure = time.perf_counter(), ""
+    means = Means(device)
+    for step in run.steps(unet):
         for micro_batch in range(accumulation):
             # ------------------------------------------------------------------------------------------ SAMPLE
             batch = next(batches)
             prompts = batch["caption"]
             x_0 = batch["latents"].to(device, torch.float32)  # (B, 4, h, w)
-            sample = draws.draw_branches(args, batch["draw"], n, x_0.shape[1:], probabilities)
-            eps, t = sample.eps.to(device), sample.t.to(device)  # (B, n, 4, h, w), (B,)
-            condition = sdxl.Condition.of(batch, device).without_prompt(unconditional, sample.dropped)
+            noising = draws.noising(batch["draw"], n, x_0.shape[1:])
+            condition = sdxl.Condition.of(batch, device).without_prompt(unconditional, noising.dropped)
             # Rows b * n + i are branch i of prompt b; all branches of a prompt share t.
-            x_0, t, eps = x_0.repeat_interleave(n, 0), t.repeat_interleave(n), eps.flatten(0, 1)  # (B * n, ...)
-            x_t = schedule.add_noise(x_0, eps, t)
+            eps, t = noising.eps.flatten(0, 1).to(device), noising.t.repeat_interleave(n).to(device)
+            branches = Branches.begin(schedule, x_0.repeat_interleave(n, 0), eps, t)  # B * n of them
 
             # ------------------------------------------------------------------------------------------- SCORE
-            def model_of(rows: Tensor, condition: sdxl.Condition = condition) -> tuple:
-                return sdxl.branch_model(unet, condition.rows(rows // n), unconditional, args.branch_guidance_scale)
-
             def judge(x0_hat: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
                 decoded = sdxl.decode_latents(reward_decoder, x0_hat, args.decode_batch_size)
                 return reward.begin(decoded, [prompts[row // n] for row in rows])
 
-            try:
-                scores = score_branches(model_of, judge, schedule, x_t, t, m, args.score_batch_size)
-            except RewardError as error:
-                failure = f"step {step}: {error}"
-            if run.any_rank(accelerator, bool(failure)):
-                return run.fail(accelerator, args, step - 1, run_id, failure or "the reward failed on another process")
+            of_branches = condition.rows(torch.arange(batch_size * n) // n)
+            walking = sdxl.Denoiser(unet, of_branches, unconditional, guidance_scale)
+            best, usable = torch.arange(batch_size), torch.ones(batch_size, dtype=torch.bool)  # (B,) rows; bool
+            if n == 1:
+                path = walk_path(walking.rows, schedule, branches, m, args.score_batch_size, outputs=False)
+            else:
+                with run.together(step):
+                    scores, path = score_branches(walking.rows, judge, schedule, branches, m, args.score_batch_size)
 
-            # ------------------------------------------------------------------------------------------ SELECT
-            by_prompt = (batch_size, n, m)
-            selection = select(scores.rewards.view(by_prompt), scores.active.view(by_prompt))
-            best = torch.arange(batch_size) * n + selection.best  # (B,) row of the chosen branch
-            usable = selection.scored.any(1)  # (B,) a prompt without any score teaches nothing
+                # --------------------------------------------------------------------------------------- SELECT
+                selection = select(scores.rewards, scores.active, n)
+                best, usable = selection.best_rows, selection.scored.any(1)
+                add_rewards(means, scores, selection, noising.t, schedule.num_train_timesteps)
 
             # ------------------------------------------------------------------------------------------- TRAIN
-            predict, guide = sdxl.branch_model(model, condition, unconditional, args.branch_guidance_scale)
-            losses = sft_losses(
-                args,
-                predict,
-                guide,
-                schedule,
-                x_t[best],
-                t[best],
-                x_0[best],
-                eps[best],
-                (scores.active[best] & usable[:, None]).to(device),
-            )
-            loss = pending = torch.zeros((), device=device)
-            for k in range(m):
-                # Processes exchange gradients once per optimizer step, in its last backward.
-                exchange = micro_batch == accumulation - 1 and k == m - 1
-                with nullcontext() if exchange else accelerator.no_sync(model):
-                    pending = pending + next(losses) / accumulation
-                    if k == m - 1 or not args.backprop_through_sampler:
-                        accelerator.backward(pending)
-                        loss, pending = loss + pending.detach(), torch.zeros_like(loss)
-            mean_loss = loss * accumulation * batch_size / usable.sum().clamp(min=1)  # over the prompts that count
+            chosen, path = branches.rows(best), path.rows(best)
+            weights = sft_weights(path.active, usable).to(device)  # (B, m)
+            unet.train()
+            loss = torch.zeros((), device=device)
+            if args.backprop_through_sampler:
+                with run.exchange(model, micro_batch == accumulation - 1):
+                    walking = sdxl.Denoiser(model, condition, unconditional, guidance_scale)
+                    output = outputs_through_sampler(walking.model(), schedule, chosen, m)
+                    loss = (weights * regression.errors(chosen, path, output)).sum()
+                    accelerator.backward(loss / accumulation)
+            else:
+                slices = regression.rows(chosen, path, condition, weights).split(args.train_rows)
+                for index, rows in enumerate(slices, 1):
+                    with run.exchange(model, micro_batch == accumulation - 1 and index == len(slices)):
+                        part = rows.loss(sdxl.predict_output(model, rows.x, rows.t, rows.condition))
+                        accelerator.backward(part / accumulation)
+                    loss = loss + part.detach()
+            mean_loss = loss.detach() * batch_size / usable.sum().clamp(min=1)  # over the prompts that count
             means.add("loss", mean_loss.expand(batch_size), usable)
-            tracking.add_rewards(means, scores, selection, t.view(batch_size, n)[:, 0].cpu(), schedule)
 
         # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
         metrics = means.reduce(accelerator)
-        if not math.isfinite(metrics.get("loss", 0)):  # absent if no prompt of the step could be scored
-            message = (
-                f"step {step}: the loss is {metrics['loss']}; lower --learning_rate or use --mixed_precision=bf16"
-            )
-            return run.fail(accelerator, args, step - 1, run_id, message)
         metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics["lr"] = lr_scheduler.get_last_lr()[0]
-        # A GradScaler skips such a step and lowers its scale; without one it would spoil the weights for good.
-        if accelerator.scaler is None and not math.isfinite(metrics["grad_norm"]):
-            message = f"step {step}: the gradient is not finite; lower --learning_rate"
-            return run.fail(accelerator, args, step - 1, run_id, message)
+        run.stop_if_diverged(step, metrics)
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
             if ema is not None:
                 ema.step(parameters)
         optimizer.zero_grad()
-        metrics["samples_per_second"] = batch_size * accumulation * world_size / (time.perf_counter() - started)
-
-        if is_main and step % args.branch_image_steps == 0:
-            worst = torch.arange(batch_size) * n + selection.worst
-            shown = {"branches/best": scores.last_estimate[best], "branches/worst": scores.last_estimate[worst]}
-            shown = {name: sdxl.decode_latents(vae, x, args.decode_batch_size) for name, x in shown.items()}
-            tracking.log_images(accelerator, output_dir, shown, step)
-        failure = validation.step(accelerator, step, steps_per_epoch, metrics, unet, ema, vae, schedule, reward)
-        log.write(step, metrics)
-        if run.any_rank(accelerator, bool(failure)):
-            return run.fail(accelerator, args, step, run_id, failure or "the reward failed on another process")
-        signal_number = run.any_rank(accelerator, stop.number)
-        if step % args.checkpointing_steps == 0 or signal_number:
-            checkpoints.save_checkpoint(accelerator, args, step, run_id)
-        if signal_number:
-            return run.interrupted(accelerator, step, signal_number)
+        metrics |= run.speed()
+        if n > 1:
+            run.log_branches(step, scores.last_estimate, best=best, worst=selection.worst_rows)
+        run.end_step(step, metrics, unet, ema)
 
     # ---------------------------------------------------------------------------------------------------- SAVE
-    log.progress.close()
-    if is_main:
-        with averaged_weights(unet, ema):
-            saved = publishing.save_result(args, source, unet, vae, step, metrics)
-        tracking.plot_rewards(log.path, output_dir / "reward_curve.png")
-        print(f"saved the {saved} and reward_curve.png to {output_dir}", flush=True)
-    run.finish(accelerator)
-    if is_main and args.push_to_hub:
-        publishing.push_to_hub(args)
+    run.finish(unet, ema)
     return 0
 
 

@@ -6,8 +6,8 @@ resumed run, two processes, or eight accumulated batches of one see exactly what
 """
 
 import hashlib
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -62,7 +62,7 @@ class DrawSampler(Sampler):
             yield batch
 
 
-class Branches(NamedTuple):
+class Noising(NamedTuple):
     """What is random about a batch of B prompts with n branches each."""
 
     eps: Tensor  # (B, n, C, h, w) float32 noise
@@ -70,64 +70,82 @@ class Branches(NamedTuple):
     dropped: Tensor  # (B,) bool: train this draw without its prompt
 
 
-def draw_branches(
-    args: Namespace, draws: Sequence[int], n: int, shape: Sequence[int], probabilities: Tensor
-) -> Branches:
-    """n noises of `shape` (C, h, w) and one t per draw (algorithm 1, line 3), and whether its prompt is dropped.
+@dataclass(frozen=True)
+class Draws:
+    """The random settings of a run.
 
-    probabilities (T,) are those of the first timestep; `--noise_offset` shifts every channel of a noise by a constant.
+    Attributes:
+        seed: of every draw.
+        probabilities: (T,) those of the first timestep.
+        noise_offset: scale of a constant that is added to every channel of a noise.
+        drop: the probability that a draw is trained on without its prompt.
     """
-    eps, t, dropped = [], [], []
-    for draw in draws:
-        noise_generator = draw_generator(args.seed, int(draw), "noise")
-        noise = torch.randn(n, *shape, generator=noise_generator)
-        if args.noise_offset:
-            noise = noise + args.noise_offset * torch.randn(n, shape[0], 1, 1, generator=noise_generator)
-        eps.append(noise)
-        t.append(torch.multinomial(probabilities, 1, generator=draw_generator(args.seed, int(draw), "timestep")))
-        chance = torch.rand(1, generator=draw_generator(args.seed, int(draw), "prompt dropping"))
-        dropped.append(chance < args.proportion_empty_prompts)
-    return Branches(torch.stack(eps), torch.cat(t), torch.cat(dropped))
+
+    seed: int
+    probabilities: Tensor
+    noise_offset: float = 0.0
+    drop: float = 0.0
+
+    def noising(self, draws: Sequence[int], n: int, shape: Sequence[int]) -> Noising:
+        """n noises of `shape` (C, h, w) and one t per draw (algorithm 1, line 3); whether its prompt is dropped."""
+        eps, t, dropped = [], [], []
+        for draw in draws:
+            noise_generator = draw_generator(self.seed, int(draw), "noise")
+            noise = torch.randn(n, *shape, generator=noise_generator)
+            if self.noise_offset:
+                noise = noise + self.noise_offset * torch.randn(n, shape[0], 1, 1, generator=noise_generator)
+            eps.append(noise)
+            of_t = draw_generator(self.seed, int(draw), "timestep")
+            t.append(torch.multinomial(self.probabilities, 1, generator=of_t))
+            chance = torch.rand(1, generator=draw_generator(self.seed, int(draw), "prompt dropping"))
+            dropped.append(chance < self.drop)
+        return Noising(torch.stack(eps), torch.cat(t), torch.cat(dropped))
 
 
-def draw_noise(args: Namespace, keys: Sequence[int | str], count: int, shape: Sequence[int]) -> Tensor:
+def draw_noise(seed: int, keys: Sequence[int | str], count: int, shape: Sequence[int]) -> Tensor:
     """Gaussian noise to generate `count` latents of `shape` (C, h, w) per key from: (B, count, C, h, w) float32.
 
     A key is a draw's number, or a prompt, which then gets the same noise whenever it is drawn.
     """
-    generators = [draw_generator(args.seed, key, "generation") for key in keys]
+    generators = [draw_generator(seed, key, "generation") for key in keys]
     return torch.stack([torch.randn(count, *shape, generator=generator) for generator in generators])
 
 
-def draw_path(
-    args: Namespace, keys: Sequence[int], count: int, shape: Sequence[int], steps: int, kept: int
+def draw_paths(
+    seed: int, draws: Sequence[int], n: int, shape: Sequence[int], steps: int, kept: int
 ) -> tuple[Tensor, Tensor]:
-    """What is random along `count` stochastic sampling paths of `steps` steps per draw.
+    """What is random along n stochastic sampling paths of `steps` steps per draw.
 
-    Returns the noise of all steps but the last, (B, count, steps - 1, C, h, w) float32, and `kept` different ones of
-    those steps for each path, (B, count, kept) int64.
+    Returns the noise of all steps but the last, (B * n, steps - 1, C, h, w) float32, and `kept` different ones of
+    those steps for each path, (B * n, kept) int64.
     """
     noises, indices = [], []
-    for key in keys:
-        generator = draw_generator(args.seed, int(key), "path")
-        noises.append(torch.randn(count, steps - 1, *shape, generator=generator))
-        order = [torch.randperm(steps - 1, generator=generator)[:kept] for _ in range(count)]
-        indices.append(torch.stack(order))
-    return torch.stack(noises), torch.stack(indices)
+    for draw in draws:
+        generator = draw_generator(seed, int(draw), "path")
+        noises.append(torch.randn(n, steps - 1, *shape, generator=generator))
+        indices += [torch.randperm(steps - 1, generator=generator)[:kept] for _ in range(n)]
+    return torch.cat(noises), torch.stack(indices)
 
 
-def timestep_probabilities(args: Namespace, num_train_timesteps: int) -> Tensor:
+def timestep_probabilities(
+    num_train_timesteps: int,
+    strategy: str = "none",
+    multiplier: float = 1.0,
+    portion: float = 0.25,
+    begin: int = 0,
+    end: int = 1000,
+) -> Tensor:
     """Probabilities (T,) of a branch's first timestep, from the `--timestep_bias_*` flags.
 
     "later" favours the last `portion` of [0, T), the noisy end; "earlier" the first; "range" is [begin, end).
     """
     weights = torch.ones(num_train_timesteps)
-    count = int(args.timestep_bias_portion * num_train_timesteps)
+    count = int(portion * num_train_timesteps)
     favoured = {
         "none": slice(0, 0),
         "earlier": slice(0, count),
         "later": slice(num_train_timesteps - count, num_train_timesteps),
-        "range": slice(args.timestep_bias_begin, args.timestep_bias_end),
-    }[args.timestep_bias_strategy]
-    weights[favoured] *= args.timestep_bias_multiplier
+        "range": slice(begin, end),
+    }[strategy]
+    weights[favoured] *= multiplier
     return weights / weights.sum()

@@ -32,6 +32,7 @@ class Flag:
         secret: its value must reach no log, tracker or file.
         required: it must be given.
         metavar: how `--help` shows its value.
+        nargs: how many values it takes, as of argparse: "+" for one or more, "*" for any number; None for one.
         spellings: other words for a value of this flag, such as {"--old_switch": "value"}.
     """
 
@@ -46,6 +47,7 @@ class Flag:
     secret: bool = False
     required: bool = False
     metavar: str | None = None
+    nargs: str | None = None
     spellings: Mapping[str, Any] = field(default_factory=dict)
 
     def described(self) -> str:
@@ -55,7 +57,7 @@ class Flag:
             facts.append(f"default: {self.default}")
         if self.range:
             facts.append(f"in {self.range}")
-        facts += [f"{word} means {value}" for word, value in self.spellings.items()]
+        facts += [f"{word} means {value}" for word, value in self.spellings.items() if value is not None]
         return " ".join(filter(None, [self.help, f"({'; '.join(facts)})" if facts else ""]))
 
     def check(self, value: Any) -> None:
@@ -105,6 +107,7 @@ def make_parser(description: str, groups: Groups, prog: str | None = None) -> On
                 options["action"] = argparse.BooleanOptionalAction
             else:
                 options |= {"type": flag.type, "choices": flag.choices or None, "metavar": flag.metavar}
+                options["nargs"] = flag.nargs
             group.add_argument(f"--{flag.name}", required=flag.required, **options)
             for word, value in flag.spellings.items():
                 group.add_argument(
@@ -160,24 +163,18 @@ def redact(argv: Sequence[str], groups: Groups) -> list[str]:
 
 
 def as_markdown(groups: Groups) -> str:
-    """A table of flags for each group."""
+    """A table of flags for each group; * marks those that a resumed run may change."""
     lines = []
     for title, flags in groups.items():
-        lines += [
-            f"### {title}",
-            "",
-            "| flag | what it does | default | range or values |",
-            "| --- | --- | --- | --- |",
-        ]
+        lines += [f"### {title}", "", "| flag | what it does | default | values |", "| --- | --- | --- | --- |"]
         for flag in flags:
             default = ", ".join(f"{preset}: {value}" for preset, value in flag.presets.items()) or flag.default
-            default = "required" if flag.required else "" if default in (None, False) else default
-            values = ", ".join(flag.choices) or flag.range
-            words = (
-                ("; " if flag.help else "")
-                .join([flag.help, "; ".join(f"`{word}` means {value}" for word, value in flag.spellings.items())])
-                .rstrip("; ")
-            )
-            lines.append(f"| `--{flag.name}` | {words} | {default} | {values} |".replace("|OR|", "\\|"))
+            default = "required" if flag.required else "" if default is None or default is False else default
+            words = [f"`{word}` means {value}" for word, value in flag.spellings.items() if value is not None]
+            cells = (
+                f"`--{flag.name}`{'*' if flag.free else ''}", "; ".join(filter(None, [flag.help, *words])), default,
+                ", ".join(flag.choices) or flag.range or (flag.metavar or ""),
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |")
         lines.append("")
     return "\n".join(lines)

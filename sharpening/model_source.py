@@ -1,7 +1,6 @@
 """Where the weights of a model come from: a hub id or a local folder, and which files of it. No heavy imports."""
 
 import json
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from sharpening.arguments import looks_local
 from sharpening.errors import UserError
+from sharpening.run_flags import looks_local
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+LORA_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")  # of every attention of the UNet, which `--use_lora` adapts
 
 
 @dataclass(frozen=True)
@@ -103,26 +103,6 @@ def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the tensors in a safetensors file."""
     with safe_open(file, "np") as tensors:
         return [(name, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys()]  # noqa: SIM118
-
-
-def pipeline_source(args: Namespace) -> Source:
-    """The source of the whole pipeline that the flags name."""
-    name = args.pretrained_model_name_or_path
-    return Source("pretrained_model_name_or_path", name, args.revision, args.variant, args.cache_dir)
-
-
-def vae_source(args: Namespace, pipeline: Source) -> tuple[Source, str | None]:
-    """The source of the training VAE and the subfolder it lies in."""
-    name = args.pretrained_vae_model_name_or_path
-    if name is None:
-        return pipeline, "vae"
-    return Source("pretrained_vae_model_name_or_path", name, cache_dir=args.cache_dir), None
-
-
-def vae_identity(args: Namespace, pipeline: Source) -> str:
-    """What names the training VAE in a cache key."""
-    source, subfolder = vae_source(args, pipeline)
-    return source.identity(subfolder or ".")
 
 
 def text_identity(pipeline: Source) -> str:

@@ -1,163 +1,436 @@
-"""What a run needs around the loop: accelerator, trackers, optimizer, average, signals, ways to end."""
+"""What surrounds the loop of a training script: opening a run, agreeing over ranks, logging, saving, ending.
 
-import signal
+It knows no loss, no branch and no reward's value. A run that must end early raises `Stop` with its exit status.
+"""
+
+import copy
+import math
+import secrets
+import shutil
 import sys
 import time
-from argparse import Namespace
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import UNet2DConditionModel
+from accelerate.utils import broadcast, set_seed
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch.nn import Parameter
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from sharpening.arguments import public, reward_flags
-from sharpening.errors import UserError
-from sharpening.running.checkpoints import save_checkpoint
+from sharpening import flags, sdxl
+from sharpening.data.encoding_cache import CachedData, collate
+from sharpening.draws import Draws, DrawSampler, timestep_probabilities
+from sharpening.errors import Stop, UserError
+from sharpening.model_source import Source, text_identity
+from sharpening.plan import Plan
+from sharpening.reference import Reference
+from sharpening.rewards.calling import Reward, RewardError
+from sharpening.running import checkpoints, optimization, publishing, tracking
+from sharpening.running.signals import StopSignal
+from sharpening.running.validation import Drawing, Validation, averaged_weights, read_validation_prompts
+from sharpening.running.watch import Watch
 
 logger = get_logger(__name__)
 
 SECONDS_TO_RELEASE = 1.0  # for gloo's workers
 
 
-def quiet_libraries() -> None:
-    """No progress bars of the libraries that load models: the run has its own."""
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
+class Run:
+    """A training run under way.
 
-
-def start_trackers(accelerator: Accelerator, args: Namespace, run_id: str) -> None:
-    """Start W&B and TensorBoard with the public arguments; a resumed run continues the same W&B run.
-
-    Raises:
-        UserError: a tracker cannot start.
+    Attributes:
+        accelerator, device: of this process.
+        start_step: how many optimizer steps an earlier launch has finished.
     """
-    config = {
-        name: value if isinstance(value, (int, float, str)) else str(value) for name, value in public(args).items()
-    }
-    options = {"dir": str(accelerator.logging_dir), "id": run_id, "resume": "allow"}
-    Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        accelerator.init_trackers("diffusion-sharpening", config=config, init_kwargs={"wandb": options})
-    except Exception as error:
-        raise UserError(
-            f"--report_to {args.report_to}: the tracker did not start ({type(error).__name__}: {error}); run "
-            "`wandb login`, set WANDB_MODE=offline, or choose --report_to tensorboard"
-        ) from error
 
+    def __init__(self, plan: Plan) -> None:
+        """Make the output folder, find the checkpoint to resume from, and settle the seed, the same on every rank.
 
-def make_optimizer(parameters: list[Parameter], args: Namespace, world_size: int, scaled: bool = False) -> Optimizer:
-    """AdamW, or its 8-bit version from bitsandbytes; `scaled`: a GradScaler decides which of its steps are taken.
-
-    On a CPU and on CUDA AdamW is the fused one, which needs no memory beside its states. It would hide from accelerate
-    which steps a GradScaler has skipped.
-    """
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * world_size
-    fused = not scaled and {parameter.device.type for parameter in parameters} <= {"cpu", "cuda"}
-    optimizer_class: Callable[..., Optimizer] = partial(torch.optim.AdamW, fused=fused)
-    if args.use_8bit_adam:
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except (ImportError, RuntimeError) as error:
-            raise UserError(
-                f"--use_8bit_adam needs bitsandbytes ({error}); install it or leave the flag out"
-            ) from error
-        optimizer_class = AdamW8bit
-    return optimizer_class(
-        parameters,
-        lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-
-
-def make_ema(
-    unet: UNet2DConditionModel, parameters: list[Parameter], args: Namespace, device: torch.device
-) -> EMAModel:
-    """An exponential moving average of the weights that train, warmed up from the first step on."""
-    ema = EMAModel(parameters, decay=args.ema_decay, model_cls=UNet2DConditionModel, model_config=unet.config)
-    ema.to(device)
-    return ema
-
-
-def reward_options(args: Namespace, world_size: int) -> dict[str, Any]:
-    """The reward flags for one of `world_size` processes; a cap on calls is shared out among them.
-
-    Raises:
-        UserError: the cap is too small to share.
-    """
-    flags = reward_flags(args)
-    if args.mllm_max_calls is not None:
-        if args.mllm_max_calls < world_size:
-            raise UserError(
-                f"--mllm_max_calls is {args.mllm_max_calls}, but {world_size} processes share it; raise it"
+        Raises:
+            UserError: naming the flag and the remedy.
+        """
+        for library in (diffusers.utils.logging, transformers.utils.logging):
+            library.disable_progress_bar()  # the run has its own
+        self.plan, self.args, self.output_dir = plan, plan.args, plan.output_dir
+        self.accelerator, self.device, self.is_main = plan.accelerator, plan.device, plan.is_main
+        args = self.args
+        self._checkpoint = checkpoints.prepare_output(self.accelerator, self.output_dir, args.resume_from_checkpoint)
+        state = checkpoints.read_state(self._checkpoint)
+        if state:
+            if args.seed is None:
+                args.seed = state["args"]["seed"]
+            bound = {name for name, flag in flags.every_flag(plan.groups).items() if not flag.free}
+            names = sorted(bound & state["args"].keys() & vars(args).keys())
+            processes = "the number of processes"
+            checkpoints.warn_of_changes(
+                {f"--{name}": state["args"][name] for name in names} | {processes: state["world_size"]},
+                {f"--{name}": getattr(args, name) for name in names} | {processes: plan.world_size},
             )
-        flags["mllm_max_calls"] = args.mllm_max_calls // world_size
-    return flags
+        if args.seed is None:
+            args.seed = secrets.randbelow(2**31)
+        args.seed = int(broadcast(torch.tensor([args.seed], device=self.device)))
+        set_seed(args.seed)
+        self.start_step, self.run_id = state.get("step", 0), state.get("run_id", secrets.token_hex(4))
+        logger.info(f"seed {args.seed}, starting after step {self.start_step}")
 
+    # ------------------------------------------------------------------------------------------------- opening
 
-class StopSignal:
-    """Remembers the first SIGTERM or SIGINT so that the step under way can end; a second one acts at once."""
+    def start_trackers(self) -> None:
+        """Start W&B and TensorBoard with the public arguments; a resumed run continues the same W&B run.
 
-    def __init__(self) -> None:
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+        Raises:
+            UserError: a tracker cannot start.
+        """
+        public = flags.public(self.args, self.plan.groups)
+        config = {
+            name: value if isinstance(value, (int, float, str)) else str(value) for name, value in public.items()
+        }
+        logging_dir = self.accelerator.logging_dir
+        options = {"dir": str(logging_dir), "id": self.run_id, "resume": "allow"}
+        Path(logging_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            self.accelerator.init_trackers("diffusion-sharpening", config=config, init_kwargs={"wandb": options})
+        except Exception as error:
+            raise UserError(
+                f"--report_to {self.args.report_to}: the tracker did not start ({type(error).__name__}: {error}); run "
+                "`wandb login`, set WANDB_MODE=offline, or choose --report_to tensorboard"
+            ) from error
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-        print(f"{signal.Signals(number).name}: ending this step, then saving a checkpoint", flush=True)
+    @cached_property
+    def vae_source(self) -> tuple[Source, str | None]:
+        """The source of the training VAE and the subfolder it lies in."""
+        name = self.args.pretrained_vae_model_name_or_path
+        if name is None:
+            return self.plan.source, "vae"
+        return Source("pretrained_vae_model_name_or_path", name, cache_dir=self.args.cache_dir), None
 
+    def load_decoders(self) -> tuple[AutoencoderKL, AutoencoderKL | AutoencoderTiny]:
+        """The training VAE, and what decodes for the reward: `--reward_vae`, or the VAE itself."""
+        vae = sdxl.load_decoder(*self.vae_source, self.device, self.plan.weight_dtype)
+        if not self.args.reward_vae:
+            return vae, vae
+        source = Source("reward_vae", self.args.reward_vae, cache_dir=self.args.cache_dir)
+        return vae, sdxl.load_decoder(source, None, self.device, self.plan.weight_dtype)
 
-def any_rank(accelerator: Accelerator, value: int) -> int:
-    """The largest `value` over all ranks, so that every rank takes the same turn."""
-    if accelerator.num_processes == 1:
-        return value
-    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
+    def load_unet(self) -> UNet2DConditionModel:
+        """The UNet that trains, with the memory flags applied."""
+        args = self.args
+        lora = sdxl.lora_config(args.lora_rank, args.lora_alpha) if args.use_lora else None
+        unet = sdxl.load_unet(self.plan.source, self.device, self.plan.weight_dtype, lora)
+        if args.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        sdxl.switch_attention(unet, self._attention)
+        return unet
 
+    def load_reference(self, unet: UNet2DConditionModel) -> Reference:
+        """The UNet as it is before training; with LoRA that needs no copy of it."""
+        if self.args.use_lora:
+            return Reference(unet, None)
+        frozen = sdxl.load_frozen_unet(self.plan.source, self.device, self.plan.weight_dtype)
+        sdxl.switch_attention(frozen, self._attention)
+        return Reference(unet, frozen)
 
-def finish(accelerator: Accelerator) -> None:
-    """End trackers and the process group; every rank must call it."""
-    let_gloo_release(accelerator)
-    accelerator.end_training()
+    @property
+    def _attention(self) -> list[str]:
+        names = ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention")
+        return [name for name in names if getattr(self.args, name)]
 
+    def make_optimizer(
+        self, unet: UNet2DConditionModel, rounds: int = 1
+    ) -> tuple[Optimizer, LRScheduler, EMAModel | None]:
+        """AdamW of the weights that train, its learning rates, and with `--use_ema` the average of the weights.
 
-def let_gloo_release(accelerator: Accelerator) -> None:
-    """Wait for all ranks and then, where gloo connects them, for its workers.
+        The learning rates take their course in each of the `rounds` that the run consists of.
+        """
+        args, parameters = self.args, sdxl.trainable_parameters(unet)
+        rate = args.learning_rate
+        if args.scale_lr:
+            rate *= args.gradient_accumulation_steps * args.train_batch_size * self.plan.world_size
+        optimizer = optimization.make_adam(
+            parameters,
+            eight_bit=args.use_8bit_adam,
+            scaled=self.accelerator.scaler is not None,
+            lr=rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+        )
+        steps = math.ceil(self.plan.num_steps / rounds)
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps
+        )
+        ema = optimization.make_ema(unet, parameters, args.ema_decay) if args.use_ema else None
+        return optimizer, lr_scheduler, ema
 
-    The group is destroyed under the interpreter's lock, which gloo's workers need once more to release the tensors of
-    a gather: destroyed before, it hangs. Nothing tells that they have; asleep we hold no lock, and a worker that gets
-    a core within that time is done.
-    """
-    accelerator.wait_for_everyone()
-    if accelerator.num_processes > 1 and "gloo" in torch.distributed.get_backend():
-        time.sleep(SECONDS_TO_RELEASE)
+    def prepare(
+        self, unet: UNet2DConditionModel, optimizer: Optimizer, lr_scheduler: LRScheduler, ema: EMAModel | None,
+        pending: list[dict[str, Any]] | None = None,
+    ) -> tuple[nn.Module, Optimizer]:  # fmt: skip
+        """The model and the optimizer as accelerate wraps them, at the state of the checkpoint that is resumed.
 
+        pending: what else a checkpoint keeps for each process, read back into that same list.
+        """
+        self._first_rates = copy.deepcopy(lr_scheduler.state_dict())
+        model, optimizer = self.accelerator.prepare(unet, optimizer)
+        checkpoints.register_checkpointing(self.accelerator, unet, ema, lr_scheduler, pending)
+        if self._checkpoint is not None:
+            self.accelerator.load_state(str(self._checkpoint))
+        return model, optimizer
 
-def fail(accelerator: Accelerator, args: Namespace, step: int, run_id: str, message: str) -> int:
-    """Save the state after the last finished step, say what went wrong, and return exit status 1."""
-    path = save_checkpoint(accelerator, args, step, run_id)
-    tqdm.write(f"error: {message}; the run is saved in {path}", file=sys.stderr)  # not into the progress bar's line
-    finish(accelerator)
-    return 1
+    def load_text_encoders(self, vae: AutoencoderKL, reward: Reward) -> tuple[sdxl.TextEncoders, sdxl.Unconditional]:
+        """The text encoders and what stands for no prompt. The validation prompts, which vae and reward will draw and
+        judge, are embedded at once, so that the encoders can be freed."""
+        args = self.args
+        encoders = sdxl.TextEncoders.load(self.plan.source, self.device, self.plan.weight_dtype)
+        unconditional = sdxl.unconditional_embedding(self.plan.source, encoders)
+        drawing = Drawing(
+            args.num_validation_images, args.resolution, args.validation_guidance_scale, args.score_batch_size,
+            args.decode_batch_size, args.seed,
+        )  # fmt: skip
+        prompts = read_validation_prompts(args.validation_prompt, args.validation_prompts_file)
+        self._validation = Validation(prompts, drawing, encoders, unconditional)
+        self._vae, self._reward = vae, reward
+        return encoders, unconditional
 
+    def cache_options(self, images: bool = False) -> dict[str, Any]:
+        """How embeddings, and latents of images, are cached, as `sharpening.data.encoding_cache` takes it."""
+        source, subfolder = self.vae_source
+        key = {"text": text_identity(self.plan.source)} | (
+            {"vae": source.identity(subfolder or ".")} if images else {}
+        )
+        return {
+            "key": key, "seed": self.args.seed, "batch_size": self.args.decode_batch_size,
+            "cache_dir": self.args.cache_dir, "dtype": self.plan.weight_dtype,
+        }  # fmt: skip
 
-def interrupted(accelerator: Accelerator, step: int, number: int) -> int:
-    """Say how to go on, and return the exit status that shells use for signal `number`."""
-    logger.info(f"interrupted after step {step}; continue with --resume_from_checkpoint latest")
-    finish(accelerator)
-    return 128 + number
+    def batches(self, data: CachedData, reuse: int = 1) -> Iterator[dict[str, Any]]:
+        """Collated batches of this process in the order of the draws, each of which serves `reuse` optimizer steps.
+
+        Draws are counted in batches: one serves the optimizer steps g * reuse + 1 to (g + 1) * reuse.
+        """
+        args = self.args
+        first, last = self.start_step // reuse, math.ceil(self.plan.num_steps / reuse)
+        sampler = DrawSampler(
+            len(data), args.train_batch_size, self.accelerator.process_index, self.plan.world_size,
+            args.gradient_accumulation_steps, args.seed, first, last,
+        )  # fmt: skip
+        workers = {"num_workers": args.dataloader_num_workers, "pin_memory": self.device.type == "cuda"}
+        return iter(DataLoader(data, batch_sampler=sampler, collate_fn=collate, **workers))
+
+    def draws(self) -> Draws:
+        """What is random about every draw."""
+        args = self.args
+        probabilities = timestep_probabilities(
+            self.plan.schedule.num_train_timesteps, args.timestep_bias_strategy, args.timestep_bias_multiplier,
+            args.timestep_bias_portion, args.timestep_bias_begin, args.timestep_bias_end,
+        )  # fmt: skip
+        return Draws(args.seed, probabilities, args.noise_offset, args.proportion_empty_prompts)
+
+    def restart(
+        self, unet: UNet2DConditionModel, optimizer: Optimizer, lr_scheduler: LRScheduler, ema: EMAModel | None
+    ) -> None:
+        """Begin a round: from the averaged weights, with optimizer, learning rates and average as at the start."""
+        if ema is not None:
+            ema.copy_to(sdxl.trainable_parameters(unet))
+            ema.optimization_step = 0
+        optimizer.optimizer.state.clear()
+        lr_scheduler.load_state_dict(copy.deepcopy(self._first_rates))
+        for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    # --------------------------------------------------------------------------------------------------- steps
+
+    def steps(self, unet: UNet2DConditionModel) -> Iterator[int]:
+        """The numbers of the optimizer steps to take, each begun when it is asked for."""
+        args, parameters = self.args, sdxl.trainable_parameters(unet)
+        self._rows = args.train_batch_size * args.gradient_accumulation_steps * self.plan.world_size
+        self._stop = StopSignal()
+        self._log = tracking.StepLog(
+            self.accelerator, self.output_dir / "metrics.jsonl", Watch(self._rows, parameters), parameters,
+            self.start_step, self.plan.num_steps,
+        )  # fmt: skip
+        self._finished, self._last_metrics = self.start_step, {}
+        for step in range(self.start_step + 1, self.plan.num_steps + 1):
+            self._started, self.phase_seconds = time.perf_counter(), {}
+            yield step
+        self._log.progress.close()
+
+    @contextmanager
+    def exchange(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Around a forward with its backward, the phase "train": processes exchange gradients once per optimizer step,
+        in its last one."""
+        with self.phase("train"), nullcontext() if last else self.accelerator.no_sync(model):
+            yield
+
+    def any_rank(self, value: int) -> int:
+        """The largest `value` over all ranks, so that every rank takes the same turn."""
+        if self.plan.world_size == 1:
+            return value
+        return int(self.accelerator.gather(torch.tensor([value], device=self.device)).max())
+
+    @contextmanager
+    def together(self, step: int) -> Iterator[None]:
+        """Around the phase "score", in which a reward may fail: then all ranks stop, with the state after the last
+        finished step saved.
+
+        Raises:
+            Stop: with status 1.
+        """
+        failure = ""
+        try:
+            with self.phase("score"):
+                yield
+        except RewardError as error:
+            failure = f"step {step}: {error}"
+        self.stop_if(failure)
+
+    def stop_if(self, failure: str) -> None:
+        """Stop all ranks if any of them has failed, and says how, with the state after the last finished step saved.
+
+        Raises:
+            Stop: with status 1.
+        """
+        if not self.any_rank(bool(failure)):
+            return
+        path = self._save(self._finished)
+        # Not into the progress bar's line.
+        message = failure or "the reward failed on another process"
+        tqdm.write(f"error: {message}; the run is saved in {path}", file=sys.stderr)
+        self.close()
+        raise Stop(1)
+
+    def stop_if_diverged(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Stop all ranks, who must have the same metrics, if the loss or the gradient of a step is not finite.
+
+        A GradScaler skips such a gradient and lowers its scale; without one it would spoil the weights for good.
+
+        Raises:
+            Stop: with status 1.
+        """
+        if not math.isfinite(metrics.get("loss", 0)):  # absent if nothing of the step could be judged
+            remedy = "lower --learning_rate or use --mixed_precision=bf16"
+            self.stop_if(f"step {step}: the loss is {metrics['loss']}; {remedy}")
+        if self.accelerator.scaler is None and not math.isfinite(metrics["grad_norm"]):
+            self.stop_if(f"step {step}: the gradient is not finite; lower --learning_rate")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time within as that of a phase of the step, in `phase_seconds`."""
+        started = time.perf_counter()
+        yield
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def speed(self, *phases: str) -> dict[str, float]:
+        """Curves of time: prompts of all processes per second since the step began, and the share of some phases."""
+        seconds = time.perf_counter() - self._started
+        shares = {f"{name}_time_share": self.phase_seconds.get(name, 0.0) / seconds for name in phases}
+        return {"samples_per_second": self._rows / seconds, **shares}
+
+    def log_branches(self, step: int, latents: Tensor, **rows: Tensor) -> None:
+        """Log the images of some rows of latents (R, 4, h, w), such as the best branches, if it is time."""
+        if self.is_main and step % self.args.branch_image_steps == 0:
+            shown = {f"branches/{name}": latents[which] for name, which in rows.items()}
+            size = self.args.decode_batch_size
+            self._log_images(step, {name: sdxl.decode_latents(self._vae, x, size) for name, x in shown.items()})
+
+    def _log_images(self, step: int, images: Mapping[str, Tensor]) -> None:
+        tracking.log_images(self.accelerator, self.output_dir, images, step)
+
+    def end_step(self, step: int, metrics: dict[str, float], unet: UNet2DConditionModel, ema: EMAModel | None) -> None:
+        """Validate if it is time, log, save if it is time, and end the run if a signal asks for it.
+
+        Raises:
+            Stop: with status 1 if the reward fails, with 128 + n by signal n.
+        """
+        self._finished = step
+        failure = ""
+        if self.is_main and self._validation_is_due(step):
+            try:
+                drawn, validated = self._validation.run(unet, ema, self._vae, self.plan.schedule, self._reward)
+                metrics.update(validated)
+                self._log_images(step, {"validation/images": drawn})
+            except RewardError as error:
+                failure = f"validation at step {step}: {error}"
+        self._log.write(step, metrics)
+        self._last_metrics = metrics
+        self.stop_if(failure)
+        number = self.any_rank(self._stop.number)
+        if step % self.args.checkpointing_steps == 0 or number:
+            self._save(step)
+        if number:
+            logger.info(f"interrupted after step {step}; continue with --resume_from_checkpoint latest")
+            self.close()
+            raise Stop(128 + number)
+
+    def _validation_is_due(self, step: int) -> bool:
+        """Whether step (from 1) ends a multiple of `--validation_steps` steps or of `--validation_epochs` epochs."""
+        every = self.args.validation_steps, self.args.validation_epochs * self.plan.steps_per_epoch
+        return bool(self._validation.prompts) and any(interval and step % interval == 0 for interval in every)
+
+    def _save(self, step: int) -> Path:
+        public = flags.public(self.args, self.plan.groups)
+        state = {"run_id": self.run_id, "world_size": self.plan.world_size, "args": public}
+        return checkpoints.save_checkpoint(
+            self.accelerator, self.output_dir, step, state, self.args.checkpoints_total_limit
+        )
+
+    # -------------------------------------------------------------------------------------------------- ending
+
+    def finish(self, unet: UNet2DConditionModel, ema: EMAModel | None) -> None:
+        """Write the result and its model card into `--output_dir`, where stock diffusers loads it; end the run.
+
+        Raises:
+            UserError: it could not be pushed to the hub.
+        """
+        args = self.args
+        if self.is_main:
+            with averaged_weights(unet, ema):
+                self._write_result(unet)
+            tracking.plot_rewards(self._log.path, self.output_dir / "reward_curve.png")
+            saved = "LoRA adapter" if args.use_lora else "pipeline"
+            print(f"saved the {saved} and reward_curve.png to {self.output_dir}", flush=True)
+        self.close()
+        if self.is_main and args.push_to_hub:
+            repository = args.hub_model_id or self.output_dir.name
+            publishing.push_to_hub(self.output_dir, repository, args.hub_token, args.logging_dir)
+
+    def _write_result(self, unet: UNet2DConditionModel) -> None:
+        """What was trained, a whole pipeline or an adapter, written aside first."""
+        args, partial = self.args, self.output_dir / ".result.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        if args.use_lora:
+            publishing.save_adapter(unet, partial)
+        else:
+            vae = self._vae if args.pretrained_vae_model_name_or_path else None
+            publishing.save_pipeline(self.plan.source, unet, vae, args.prediction_type, partial)
+        name = args.hub_model_id or self.output_dir.name
+        card = publishing.model_card(
+            name, args.pretrained_model_name_or_path, f"{self.plan.method}, reward `{args.reward_model}`",
+            flags.public(args, self.plan.groups), self._last_metrics, self._finished,
+        )  # fmt: skip
+        card.save(partial / "README.md")
+        publishing.replace_result(partial, self.output_dir)
+
+    def close(self) -> None:
+        """End trackers and the process group; every rank must call it.
+
+        The group is destroyed under the interpreter's lock, which gloo's workers need once more to release the tensors
+        of a gather: destroyed before, it hangs. Nothing tells that they have; asleep we hold no lock, and a worker
+        that gets a core within that time is done.
+        """
+        self.accelerator.wait_for_everyone()
+        if self.plan.world_size > 1 and "gloo" in torch.distributed.get_backend():
+            time.sleep(SECONDS_TO_RELEASE)
+        self.accelerator.end_training()

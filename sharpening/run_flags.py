@@ -5,10 +5,12 @@ Nothing here imports torch unless the GPU is asked about, so a typo is answered 
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sharpening.errors import require
-from sharpening.flags import Flag, Groups
+from sharpening.flags import Flag, Groups, parse
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what makes a folder a LoRA adapter, for diffusers too
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -45,11 +47,14 @@ PRESET = Flag(
     choices=("paper", "released"),
     free=True,
 )
+NUM_NOISY_LATENTS = Flag("num_noisy_latents", "n, branches or samples per prompt", int, 3, "[1, inf)")
+TRAJECTORY_NUMS = Flag("trajectory_nums", "m, steps along each branch that are trained on", int, 3, "[1, inf)")
+INFER_STEPS = Flag("infer_steps", "a step spans num_train_timesteps / infer_steps", int, 25, "[1, inf)")
 TRAJECTORY = (
     PRESET,
-    Flag("num_noisy_latents", "n, branches per prompt", int, 3, "[1, inf)"),
-    Flag("trajectory_nums", "m, steps along each branch", int, 3, "[1, inf)"),
-    Flag("infer_steps", "a step spans num_train_timesteps / infer_steps", int, 25, "[1, inf)"),
+    NUM_NOISY_LATENTS,
+    TRAJECTORY_NUMS,
+    INFER_STEPS,
     Flag(
         "branch_guidance_scale",
         "guidance the branch follows; the loss is conditional",
@@ -84,6 +89,13 @@ NOISING = (
     Flag("timestep_bias_begin", "first timestep of range", int, 0),
     Flag("timestep_bias_end", "end (exclusive) of range", int, 1000),
 )
+PROMPTS = (
+    Flag("prompts_file", "txt with a prompt on each line, csv or jsonl; no images are needed"),
+    Flag("generation_batch_size", "latents per forward, two rows each with guidance", int, 8, "[1, inf)", free=True),
+)
+GUIDANCE_SCALE = Flag("guidance_scale", "when generating; 1: without", float, 5.0, "[0, inf)")
+BETA_DPO = Flag("beta_dpo", "beta of the preference loss, without DPO's factor 1/2", float, 2500.0, "(0, inf)")
+SETS = Flag("sets", "sets of samples of the base per prompt, each drawn once and kept in memory", int, 1, "[1, inf)")
 BATCHES = (
     Flag("reward_vae", "cheaper decoder for scoring, e.g. madebyollin/taesdxl; unset: the VAE"),
     Flag("score_batch_size", "branches per forward when scoring", int, 8, "[1, inf)", free=True),
@@ -163,7 +175,6 @@ HUB = (
 RUN_FLAGS: Groups = {
     "model": MODEL,
     "data": DATA,
-    "noise and timesteps": NOISING,
     "batches": BATCHES,
     "optimization": OPTIMIZATION,
     "LoRA": LORA,
@@ -172,6 +183,20 @@ RUN_FLAGS: Groups = {
     "tracking and validation": TRACKING,
     "hub": HUB,
 }
+
+
+def parse_run(description: str, groups: Groups, argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of a training script, checked; its groups include `RUN_FLAGS`.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    args = parse(description, groups, argv)
+    check_run(args)
+    for flags, check in ((TRAJECTORY, check_trajectory), (NOISING, check_noising)):
+        if flags in groups.values():
+            check(args)
+    return args
 
 
 def check_run(args: argparse.Namespace) -> None:
@@ -188,16 +213,6 @@ def check_run(args: argparse.Namespace) -> None:
     require(
         args.use_lora or (args.lora_rank == 16 and args.lora_alpha is None),
         "--lora_rank and --lora_alpha have no effect without --use_lora; add it",
-    )
-    require(
-        args.timestep_bias_strategy != "range" or 0 <= args.timestep_bias_begin < args.timestep_bias_end,
-        f"--timestep_bias_begin={args.timestep_bias_begin} and --timestep_bias_end={args.timestep_bias_end} "
-        "enclose no timestep; begin must be at least 0 and below end",
-    )
-    require(
-        args.timestep_bias_strategy == "none" or args.timestep_bias_multiplier != 1,
-        f"--timestep_bias_strategy={args.timestep_bias_strategy} has no effect with --timestep_bias_multiplier=1; "
-        "set another multiplier",
     )
     _check_sources(args)
     _check_output(args)
@@ -217,20 +232,38 @@ def check_trajectory(args: argparse.Namespace) -> None:
     )
 
 
-def check_schedule(args: argparse.Namespace, num_train_timesteps: int) -> None:
-    """What can only be checked against the model's own scheduler config.
+def check_noising(args: argparse.Namespace) -> None:
+    """The checks of the flags of `NOISING`.
 
     Raises:
         UserError: naming the flag and the remedy.
     """
     require(
-        args.infer_steps <= num_train_timesteps,
-        f"--infer_steps is {args.infer_steps}, but the model has only {num_train_timesteps} timesteps; lower it",
+        args.timestep_bias_strategy != "range" or 0 <= args.timestep_bias_begin < args.timestep_bias_end,
+        f"--timestep_bias_begin={args.timestep_bias_begin} and --timestep_bias_end={args.timestep_bias_end} "
+        "enclose no timestep; begin must be at least 0 and below end",
     )
     require(
-        args.timestep_bias_strategy != "range" or args.timestep_bias_end <= num_train_timesteps,
-        f"--timestep_bias_end is {args.timestep_bias_end}, but the model has only {num_train_timesteps} timesteps; "
-        "lower it",
+        args.timestep_bias_strategy == "none" or args.timestep_bias_multiplier != 1,
+        f"--timestep_bias_strategy={args.timestep_bias_strategy} has no effect with --timestep_bias_multiplier=1; "
+        "set another multiplier",
+    )
+
+
+def check_schedule(flags: Mapping[str, Any], num_train_timesteps: int) -> None:
+    """What can only be checked against the model's own scheduler config; flags by name.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    require(
+        flags["infer_steps"] <= num_train_timesteps,
+        f"--infer_steps is {flags['infer_steps']}, but the model has only {num_train_timesteps} timesteps; lower it",
+    )
+    require(
+        flags.get("timestep_bias_strategy") != "range" or flags["timestep_bias_end"] <= num_train_timesteps,
+        f"--timestep_bias_end is {flags.get('timestep_bias_end')}, but the model has only {num_train_timesteps} "
+        "timesteps; lower it",
     )
 
 

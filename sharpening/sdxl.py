@@ -1,11 +1,9 @@
 """Stable Diffusion XL as the scripts use it: load, encode, predict, decode, save."""
 
-from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import NamedTuple
 
 import torch
@@ -15,10 +13,9 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sharpening.arguments import LORA_LAYERS
 from sharpening.errors import UserError, first_line
-from sharpening.model_source import Source, vae_source
-from sharpening.trajectory import Guide, Predict, classifier_free_guidance
+from sharpening.model_source import LORA_LAYERS, Source
+from sharpening.trajectory import Model, Path, classifier_free_guidance
 
 
 @dataclass
@@ -103,17 +100,6 @@ def unconditional_embedding(source: Source, encoders: TextEncoders) -> Unconditi
     return Unconditional(embeds, pooled)
 
 
-def load_vae(args: Namespace, pipeline: Source, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    """The training VAE, frozen; in float32 only where its config says that float16 overflows (`force_upcast`)."""
-    source, subfolder = vae_source(args, pipeline)
-    return load_decoder(source, subfolder, device, dtype)
-
-
-def load_reward_decoder(args: Namespace, device: torch.device, dtype: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
-    """The decoder named by `--reward_vae`: an `AutoencoderTiny` (TAESD) or another `AutoencoderKL`."""
-    return load_decoder(Source("reward_vae", args.reward_vae, cache_dir=args.cache_dir), None, device, dtype)
-
-
 def load_decoder(
     source: Source, subfolder: str | None, device: torch.device, dtype: torch.dtype
 ) -> AutoencoderKL | AutoencoderTiny:
@@ -132,29 +118,24 @@ def channels_last(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def load_unet(args: Namespace, source: Source, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The trainable UNet, whose forward mixed precision autocasts, with the memory flags applied.
-
-    Full fine-tuning keeps float32 master weights. With `--use_lora` the base is frozen in `dtype` and only the float32
-    adapter trains; it begins as the identity.
-
-    Raises:
-        UserError: the attention implementation asked for cannot run here.
-    """
-    unet = source.load(UNet2DConditionModel, "unet", dtype=dtype if args.use_lora else torch.float32)
-    unet = unet.to(device).train()
-    if args.use_lora:
-        unet.requires_grad_(False)
-        unet.add_adapter(lora_config(args))
-        cast_training_params(unet, torch.float32)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return _with_attention(args, unet)
-
-
-def load_frozen_unet(
-    args: Namespace, source: Source, device: torch.device, dtype: torch.dtype
+def load_unet(
+    source: Source, device: torch.device, dtype: torch.dtype, lora: LoraConfig | None = None
 ) -> UNet2DConditionModel:
+    """The trainable UNet, whose forward mixed precision autocasts.
+
+    Full fine-tuning keeps float32 master weights. With an adapter the base is frozen in `dtype` and only the float32
+    adapter trains; it begins as the identity.
+    """
+    unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32 if lora is None else dtype)
+    unet = unet.to(device).train()
+    if lora is not None:
+        unet.requires_grad_(False)
+        unet.add_adapter(lora)
+        cast_training_params(unet, torch.float32)
+    return unet
+
+
+def load_frozen_unet(source: Source, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """A copy of the UNet that never trains, in `dtype`: the reference of full fine-tuning. Call it under autocast."""
     unet = source.load(UNet2DConditionModel, "unet", dtype=torch.float32).requires_grad_(False).eval()
     for module in unet.modules():
@@ -163,32 +144,28 @@ def load_frozen_unet(
         if not isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
-    unet = unet.to(device)
-    return _with_attention(args, unet)
+    return unet.to(device)
 
 
-def _with_attention(args: Namespace, unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    for flag in ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"):
-        if not getattr(args, flag):
-            continue
+def switch_attention(unet: UNet2DConditionModel, methods: Sequence[str]) -> None:
+    """Switch on attention implementations of diffusers by the names of their methods, which are those of the flags.
+
+    Raises:
+        UserError: one cannot run here.
+    """
+    for method in methods:
         try:
-            getattr(unet, flag)()
+            getattr(unet, method)()
         except Exception as error:
             raise UserError(
-                f"--{flag} does not work here ({type(error).__name__}: {error}); leave the flag out, "
+                f"--{method} does not work here ({type(error).__name__}: {error}); leave the flag out, "
                 "PyTorch's own attention is used then"
             ) from error
-    return unet
 
 
-def lora_config(args: Namespace) -> LoraConfig:
+def lora_config(rank: int, alpha: float | None) -> LoraConfig:
     """The adapter of `--use_lora`, on every attention's projections, where diffusers' SDXL LoRA trainer puts it."""
-    return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha or args.lora_rank,
-        init_lora_weights="gaussian",
-        target_modules=list(LORA_LAYERS),
-    )
+    return LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(LORA_LAYERS))
 
 
 def trainable_parameters(unet: UNet2DConditionModel) -> list[nn.Parameter]:
@@ -196,20 +173,7 @@ def trainable_parameters(unet: UNet2DConditionModel) -> list[nn.Parameter]:
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-@contextmanager
-def reference_unet(unet: UNet2DConditionModel, frozen: UNet2DConditionModel | None) -> Iterator[UNet2DConditionModel]:
-    """The UNet as it was before training: its frozen copy or, without one, itself with the adapter switched off."""
-    if frozen is not None:
-        yield frozen
-        return
-    unet.disable_adapters()
-    try:
-        yield unet
-    finally:
-        unet.enable_adapters()
-
-
-def save_lora(unet: UNet2DConditionModel, folder: str | Path) -> None:
+def save_lora(unet: UNet2DConditionModel, folder: str | FilePath) -> None:
     """Write the adapter so that `pipe.load_lora_weights(folder)` applies it, with the scale of its `--lora_alpha`."""
     # Without the metadata the alpha would be read back as equal to the rank.
     metadata = unet.peft_config["default"].to_dict()
@@ -218,7 +182,7 @@ def save_lora(unet: UNet2DConditionModel, folder: str | Path) -> None:
     )
 
 
-def load_lora(unet: UNet2DConditionModel, folder: str | Path) -> None:
+def load_lora(unet: UNet2DConditionModel, folder: str | FilePath) -> None:
     """Put the adapter that `save_lora` wrote into a UNet that has one of the same shape.
 
     Raises:
@@ -267,14 +231,45 @@ def predict_output(unet: nn.Module, x: Tensor, t: Tensor, condition: Condition) 
     return output.to(x.dtype)
 
 
-def branch_model(
-    unet: nn.Module, condition: Condition, unconditional: Unconditional, guidance_scale: float
-) -> tuple[Predict, Guide | None]:
-    """The callables that `walk` and `generate` take: the conditional output, and the guidance on top of it."""
+def predict_along(unet: nn.Module, path: Path, condition: Condition, batch_size: int | None = None) -> Tensor:
+    """The UNet's output (R, m, 4, h, w) on all states of R branches, condition of R rows; `batch_size` states at a
+    time, or all at once."""
+    x, t = path.x.flatten(0, 1), path.t.flatten()
+    branch = torch.arange(len(path.t)).repeat_interleave(path.t.shape[1])
+    parts = torch.arange(len(x)).split(batch_size or len(x))
+    output = [predict_output(unet, x[rows], t[rows], condition.rows(branch[rows])) for rows in parts]
+    return torch.cat(output).unflatten(0, path.t.shape)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A UNet with the condition of R rows, and the guidance that a walk of them follows (1: none)."""
+
+    unet: nn.Module
+    condition: Condition
+    unconditional: Unconditional
+    guidance_scale: float
+
+    def rows(self, index: Tensor) -> Model:
+        """The model of the rows that `index` names."""
+        return branch_model(self.unet, self.condition.rows(index), self.unconditional, self.guidance_scale)
+
+    def repeat(self, row: int, count: int) -> "Denoiser":
+        """The denoiser of `count` rows, all of them like one of these."""
+        condition = self.condition.rows(torch.full((count,), row))
+        return Denoiser(self.unet, condition, self.unconditional, self.guidance_scale)
+
+    def model(self) -> Model:
+        """The model of all rows."""
+        return branch_model(self.unet, self.condition, self.unconditional, self.guidance_scale)
+
+
+def branch_model(unet: nn.Module, condition: Condition, unconditional: Unconditional, guidance_scale: float) -> Model:
+    """What `walk` and `generate` take: the conditional output, and the guidance on top of it."""
     if guidance_scale == 1:
-        return partial(predict_output, unet, condition=condition), None
+        return Model(partial(predict_output, unet, condition=condition))
     both = GuidedUNet(unet, condition, condition.without_prompt(unconditional))
-    return both.predict, classifier_free_guidance(both.predict_unconditional, guidance_scale)
+    return Model(both.predict, classifier_free_guidance(both.predict_unconditional, guidance_scale))
 
 
 class GuidedUNet:

@@ -144,7 +144,7 @@ def method():
 @pytest.fixture
 def flags(world, tmp_path, method):
     """Build a command line: the base run, changed by keyword; None drops a flag, True makes a switch."""
-    quick = {"infer_steps": 5} if method == "RLHF" else {}  # 25 steps to generate are most of a tiny run's time
+    quick = {} if method == "SFT" else {"infer_steps": 5}  # 25 steps to generate are most of a tiny run's time
 
     def build(**changes):
         values = {
@@ -175,7 +175,7 @@ def train(method):
     """Run the script in this process and return its exit status; global state is put back afterwards."""
     from accelerate.state import AcceleratorState, GradientState
 
-    script = importlib.import_module(SCRIPTS[method].removesuffix(".py"))
+    script = importlib.import_module(SCRIPTS[method].removesuffix(".py").replace("/", "."))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     argv = list(sys.argv)
 
@@ -198,8 +198,7 @@ def train(method):
 @pytest.fixture
 def no_result(monkeypatch):
     """Leave out the pipeline and the curve at the end of a run, a third of a tiny run's time."""
-    monkeypatch.setattr("sharpening.running.publishing.save_result", lambda *args: "nothing")
-    monkeypatch.setattr("sharpening.running.tracking.plot_rewards", lambda *args: None)
+    monkeypatch.setattr("sharpening.run.Run.finish", lambda run, unet, ema: run.close())
 
 
 @pytest.fixture

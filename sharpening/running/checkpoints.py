@@ -3,21 +3,18 @@
 import json
 import os
 import re
-import secrets
 import shutil
-from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast, set_seed
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LRScheduler
 
-from sharpening.arguments import public
 from sharpening.errors import UserError
 from sharpening.running.validation import averaged_weights
 from sharpening.sdxl import load_lora, save_lora
@@ -25,18 +22,8 @@ from sharpening.sdxl import load_lora, save_lora
 logger = get_logger(__name__)
 
 STATE_FILE = "state.json"  # written last: a checkpoint without it is incomplete
-GENERATED_FILE = "generated_latents_{}.pt"  # one for each process
+PENDING_FILE = "pending_{}.pt"  # one for each process
 EMA_STATE_FILE = "ema.pt"  # beside the averaged adapter: the average itself and its count of steps
-# Flags that decide neither which draws a step sees nor what it computes, or whose effect lies in other flags (the
-# preset) or is settled elsewhere (the seed). Changing any other one makes a resumed run another run.
-FREE_FLAGS = {
-    "seed", "preset", "output_dir", "logging_dir", "report_to", "resume_from_checkpoint", "dry_run", "max_train_steps",
-    "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "branch_image_steps", "validation_prompt",
-    "validation_prompts_file", "num_validation_images", "validation_steps", "validation_epochs",
-    "validation_guidance_scale", "push_to_hub", "hub_model_id", "score_batch_size", "decode_batch_size",
-    "generation_batch_size", "dataloader_num_workers", "cache_dir", "local_rank", "gradient_checkpointing",
-    "mllm_concurrency", "mllm_timeout", "mllm_max_retries", "mllm_max_calls",
-}  # fmt: skip
 
 
 def checkpoint_step(path: Path) -> int | None:
@@ -70,14 +57,15 @@ def clean_up_checkpoints(output_dir: Path) -> None:
             shutil.rmtree(path)
 
 
-def prepare_output(accelerator: Accelerator, args: Namespace) -> Path | None:
+def prepare_output(accelerator: Accelerator, output_dir: Path, resume: str | None) -> Path | None:
     """Make the output folder, mend what a killed run left in it, and find the checkpoint to resume from.
+
+    resume: "latest", the path of a checkpoint, or None for a new run.
 
     Raises:
         UserError: the folder cannot be written, the named checkpoint is incomplete, or a fresh run would mix its
             checkpoints with another's.
     """
-    output_dir = Path(args.output_dir)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             try:
@@ -85,8 +73,8 @@ def prepare_output(accelerator: Accelerator, args: Namespace) -> Path | None:
                 clean_up_checkpoints(output_dir)
             except OSError as error:
                 raise UserError(f"--output_dir {output_dir} cannot be written ({error}); choose another") from error
-    if args.resume_from_checkpoint not in (None, "latest"):
-        path = Path(args.resume_from_checkpoint)
+    if resume not in (None, "latest"):
+        path = Path(resume)
         if checkpoint_step(path) is None:
             raise UserError(
                 f"--resume_from_checkpoint {path} is not a complete checkpoint (no {STATE_FILE}); name another, or "
@@ -94,43 +82,29 @@ def prepare_output(accelerator: Accelerator, args: Namespace) -> Path | None:
             )
         return path
     found = complete_checkpoints(output_dir)
-    if args.resume_from_checkpoint is None and found:
+    if resume is None and found:
         raise UserError(
             f"--output_dir {output_dir} already holds {found[-1].name}; continue that run with "
             "--resume_from_checkpoint latest, or choose another folder"
         )
-    if args.resume_from_checkpoint == "latest" and not found:
+    if resume == "latest" and not found:
         logger.warning(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, so this run is new")
     return found[-1] if found else None
 
 
-def resolve_run(accelerator: Accelerator, args: Namespace, checkpoint: Path | None) -> tuple[int, str]:
-    """Settle the seed, the same on every rank; return the step the run starts at and the id trackers know it by."""
-    state: dict[str, Any] = {}
-    if checkpoint is not None:
-        state = json.loads((checkpoint / STATE_FILE).read_text())
-        if args.seed is None:
-            args.seed = state["args"]["seed"]
-        names = sorted((state["args"].keys() & vars(args).keys()) - FREE_FLAGS)
-        then = {f"--{name}": state["args"][name] for name in names}
-        now = {f"--{name}": getattr(args, name) for name in names}
-        then["the number of processes"], now["the number of processes"] = (
-            state["world_size"],
-            accelerator.num_processes,
-        )
-        for name in now:
-            if then[name] != now[name]:
-                logger.warning(
-                    f"{name} was {then[name]} and is now {now[name]}: the resumed run differs from one that was never "
-                    "interrupted"
-                )
-    if args.seed is None:
-        args.seed = secrets.randbelow(2**31)
-    seed = broadcast(torch.tensor([args.seed], device=accelerator.device))
-    args.seed = int(seed)
-    set_seed(args.seed)
-    logger.info(f"seed {args.seed}, starting after step {state.get('step', 0)}")
-    return state.get("step", 0), state.get("run_id", secrets.token_hex(4))
+def read_state(checkpoint: Path | None) -> dict[str, Any]:
+    """What `save_checkpoint` was told of the run, or nothing without a checkpoint."""
+    return {} if checkpoint is None else json.loads((checkpoint / STATE_FILE).read_text())
+
+
+def warn_of_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn of every setting, by its name for people, that is no longer what it was."""
+    for name in now:
+        if then[name] != now[name]:
+            logger.warning(
+                f"{name} was {then[name]} and is now {now[name]}: the resumed run differs from one that was never "
+                "interrupted"
+            )
 
 
 def register_checkpointing(
@@ -138,20 +112,21 @@ def register_checkpointing(
     unet: UNet2DConditionModel,
     ema: EMAModel | None,
     lr_scheduler: LRScheduler,
-    generated: list[dict[str, Any]] | None = None,
+    pending: list[dict[str, Any]] | None = None,
 ) -> None:
     """Make `save_state` and `load_state` cover the schedule, and the UNet and its average as diffusers folders.
 
     With an adapter (`--use_lora`) the adapter stands for the UNet: `lora` and `lora_ema` are what
-    `pipe.load_lora_weights` reads. `generated` is what every process on its own still has to use: prompts and latents
-    of weights that are gone (`--generation_reuse`); they are read back into that same list, on the CPU.
+    `pipe.load_lora_weights` reads. `pending` is what every process on its own still has to use, made by weights that
+    are gone: latents (`--generation_reuse`), a reference (`--rounds`). It is read back into that same list, on the
+    CPU.
     """
     lora = hasattr(unet, "peft_config")
 
     def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         weights.clear()  # accelerate would otherwise write a second copy of them
-        if generated:
-            torch.save(generated, os.path.join(output_dir, GENERATED_FILE.format(accelerator.process_index)))
+        if pending:
+            torch.save(pending, os.path.join(output_dir, PENDING_FILE.format(accelerator.process_index)))
         if not accelerator.is_main_process:
             return
         if not lora:
@@ -167,9 +142,9 @@ def register_checkpointing(
 
     def load(models: list[torch.nn.Module], input_dir: str) -> None:
         models.clear()
-        pending = os.path.join(input_dir, GENERATED_FILE.format(accelerator.process_index))
-        if generated is not None and os.path.exists(pending):
-            generated[:] = torch.load(pending, map_location="cpu", weights_only=True)
+        file = os.path.join(input_dir, PENDING_FILE.format(accelerator.process_index))
+        if pending is not None and os.path.exists(file):
+            pending[:] = torch.load(file, map_location="cpu", weights_only=True)
         if not os.path.isdir(os.path.join(input_dir, "lora" if lora else "unet")):
             written, remedy = ("without", "leave the flag out") if lora else ("with", "add the flag")
             raise UserError(f"--use_lora: {input_dir} was written {written} it; {remedy}, or start a new run")
@@ -195,12 +170,14 @@ def register_checkpointing(
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(accelerator: Accelerator, args: Namespace, step: int, run_id: str) -> Path:
-    """Write `checkpoint-<step>` aside, rename it into place, then delete what `--checkpoints_total_limit` drops.
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, state: Mapping[str, Any], keep: int | None
+) -> Path:
+    """Write `checkpoint-<step>` aside, rename it into place, then delete all but the newest `keep`.
 
     Every rank must call it. A kill at any moment leaves either the old or the new set of complete checkpoints.
     """
-    final = Path(args.output_dir) / f"checkpoint-{step}"
+    final = output_dir / f"checkpoint-{step}"
     partial = final.with_name(f".{final.name}.partial")
     replaced = final.with_name(f".{final.name}.replaced")
     if accelerator.is_main_process:
@@ -210,14 +187,12 @@ def save_checkpoint(accelerator: Accelerator, args: Namespace, step: int, run_id
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        state = {"step": step, "run_id": run_id, "world_size": accelerator.num_processes, "args": public(args)}
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
+        (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2))
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
-        keep = args.checkpoints_total_limit
-        for old in complete_checkpoints(final.parent)[:-keep] if keep else []:
+        for old in complete_checkpoints(output_dir)[:-keep] if keep else []:
             # Out of sight first, so that a kill while deleting cannot leave something that looks complete.
             aside = old.with_name(f".{old.name}.deleted")
             old.rename(aside)

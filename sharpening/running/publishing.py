@@ -1,116 +1,105 @@
 """The result of a run: the trained pipeline on disk, its model card, and the upload to the hub."""
 
 import shutil
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from sharpening.arguments import LORA_FILE, public
 from sharpening.errors import UserError
-from sharpening.sdxl import Source, save_lora
+from sharpening.model_source import Source
+from sharpening.run_flags import LORA_FILE
+from sharpening.sdxl import save_lora
+
+MARKERS = ("model_index.json", LORA_FILE)  # what makes a folder a pipeline, or an adapter
 
 
-def save_result(
-    args: Namespace,
-    source: Source,
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    step: int,
-    metrics: Mapping[str, float],
-) -> str:
-    """Write what was trained and its model card into `--output_dir`, where stock diffusers loads it; says what it is.
+def save_pipeline(
+    source: Source, unet: UNet2DConditionModel, vae: AutoencoderKL | None, prediction_type: str | None, folder: Path
+) -> None:
+    """Write the pipeline of `source` with another UNet and, where given, another VAE and prediction type."""
+    options: dict[str, Any] = {"unet": unet, "dtype": torch.float32}
+    if vae is not None:
+        options["vae"] = vae
+    pipeline = source.load(StableDiffusionXLPipeline, **options)
+    if prediction_type is not None:
+        # Whoever samples must read the output as what it was trained to be.
+        pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
+    pipeline.save_pretrained(folder)
 
-    That is a whole pipeline or, with `--use_lora`, the adapter. It is written aside first; the file that makes the
-    folder what it is, `model_index.json` or the adapter's weights, is moved last.
-    """
-    output_dir = Path(args.output_dir)
-    partial = output_dir / ".result.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    if args.use_lora:
-        save_lora(unet, partial)
-    else:
-        _save_pipeline(args, source, unet, vae, partial)
-    (partial / "README.md").write_text(model_card(args, step, metrics))
-    markers = ("model_index.json", LORA_FILE)
-    for marker in markers:
+
+def save_adapter(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write the adapter of a UNet as `pipe.load_lora_weights` reads it."""
+    save_lora(unet, folder)
+
+
+def replace_result(partial: Path, output_dir: Path) -> None:
+    """Move the files of a finished result into place, the one that makes the folder what it is last."""
+    for marker in MARKERS:
         (output_dir / marker).unlink(missing_ok=True)
-    for path in sorted(partial.iterdir(), key=lambda path: path.name in markers):
+    for path in sorted(partial.iterdir(), key=lambda path: path.name in MARKERS):
         target = output_dir / path.name
         if target.is_dir():
             shutil.rmtree(target)
         path.rename(target)
     partial.rmdir()
-    return "LoRA adapter" if args.use_lora else "pipeline"
 
 
-def _save_pipeline(
-    args: Namespace, source: Source, unet: UNet2DConditionModel, vae: AutoencoderKL, folder: Path
-) -> None:
-    options = {"unet": unet, "dtype": torch.float32}
-    if args.pretrained_vae_model_name_or_path:
-        options["vae"] = vae
-    pipeline = source.load(StableDiffusionXLPipeline, **options)
-    if args.prediction_type is not None:
-        # Whoever samples must read the output as what it was trained to be.
-        pipeline.scheduler = pipeline.scheduler.from_config(
-            pipeline.scheduler.config, prediction_type=args.prediction_type
-        )
-    pipeline.save_pretrained(folder)
+def model_card(
+    name: str, base: str, about: str, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int
+) -> ModelCard:
+    """The README.md of the result: hub metadata, how to load it, the settings and the last metrics of the run.
 
-
-def model_card(args: Namespace, step: int, metrics: Mapping[str, float]) -> str:
-    """The README.md of the result: hub metadata, how to load it, the settings and the last metrics of the run."""
-    settings = "\n".join(
-        f"| `{name}` | `{value}` |" for name, value in sorted(public(args).items()) if value not in (None, False)
-    )
-    results = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items()))
-    base = args.pretrained_model_name_or_path
-    name = args.hub_model_id or Path(args.output_dir).name
-    # The hub refuses a base_model that is not a repository name.
-    base_line = "" if Path(base).exists() else f"base_model: {base}\n"
-    load = f'pipe = StableDiffusionXLPipeline.from_pretrained("{base if args.use_lora else name}")\n'
-    if args.use_lora:
+    name is what the result is loaded by, base the model it was made from, about what was done to it.
+    """
+    lora, prediction_type = settings["use_lora"], settings["prediction_type"]
+    load = f'pipe = StableDiffusionXLPipeline.from_pretrained("{base if lora else name}")\n'
+    if lora:
         load += f'pipe.load_lora_weights("{name}")\n'
-        if args.prediction_type is not None:
-            changed = f'pipe.scheduler.config, prediction_type="{args.prediction_type}"'
+        if prediction_type is not None:
+            changed = f'pipe.scheduler.config, prediction_type="{prediction_type}"'
             load += f"pipe.scheduler = pipe.scheduler.from_config({changed})\n"
-    return (
-        "---\n"
-        f"{base_line}library_name: diffusers\npipeline_tag: text-to-image\n"
-        f"tags: [stable-diffusion-xl, text-to-image, diffusion-sharpening{', lora' * args.use_lora}]\n"
-        "---\n\n"
-        f"# {Path(args.output_dir).name}\n\n"
-        f"`{base}` fine-tuned for {step} optimizer steps with {args.method} Diffusion-Sharpening "
-        "([arXiv 2502.12146](https://arxiv.org/abs/2502.12146)), "
-        f"reward `{args.reward_model}`, {args.num_noisy_latents} branches of {args.trajectory_nums} steps.\n\n"
-        "```python\nfrom diffusers import StableDiffusionXLPipeline\n\n"
-        f"{load}```\n\n"
-        f"## Last metrics\n\n| metric | value |\n| --- | --- |\n{results}\n\n"
-        f"## Settings\n\n| flag | value |\n| --- | --- |\n{settings}\n"
+    data = ModelCardData(
+        # The hub refuses a base_model that is not a repository name.
+        base_model=None if Path(base).exists() else base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["stable-diffusion-xl", "text-to-image", "diffusion-sharpening", *(["lora"] if lora else [])],
+    )
+    rows = {name: value for name, value in sorted(settings.items()) if value not in (None, False)}
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {Path(name).name}\n\n"
+        f"`{base}` fine-tuned for {step} optimizer steps with {about}.\n\n"
+        f"```python\nfrom diffusers import StableDiffusionXLPipeline\n\n{load}```\n\n"
+        + _table("Last metrics", ("metric", "value"), {name: f"{metrics[name]:.6g}" for name in sorted(metrics)})
+        + _table("Settings", ("flag", "value"), {f"`{name}`": f"`{value}`" for name, value in rows.items()})
     )
 
 
-def push_to_hub(args: Namespace) -> None:
+def _table(title: str, header: tuple[str, str], rows: Mapping[str, str]) -> str:
+    lines = [f"## {title}\n", f"| {header[0]} | {header[1]} |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n\n"
+
+
+def push_to_hub(output_dir: Path, repository: str, token: str | None, logging_dir: str) -> None:
     """Upload the trained pipeline and its model card, without checkpoints, logs and images.
 
     Raises:
         UserError: the hub refused; the pipeline on disk is complete.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=args.hub_token)
+    api = HfApi(token=token)
     try:
-        repository = api.create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
+        repo_id = api.create_repo(repository, exist_ok=True).repo_id
         api.upload_folder(
-            repo_id=repository,
-            folder_path=args.output_dir,
-            ignore_patterns=["checkpoint-*", ".checkpoint-*", f"{args.logging_dir}/*", "images/*", "metrics.jsonl"],
+            repo_id=repo_id,
+            folder_path=str(output_dir),
+            ignore_patterns=["checkpoint-*", ".checkpoint-*", f"{logging_dir}/*", "images/*", "metrics.jsonl"],
         )
     except Exception as error:
         raise UserError(
-            f"--push_to_hub failed ({type(error).__name__}); the pipeline is complete in {args.output_dir}, check "
+            f"--push_to_hub failed ({type(error).__name__}); the pipeline is complete in {output_dir}, check "
             "--hub_token and --hub_model_id and upload it with `hf upload`"
         ) from error

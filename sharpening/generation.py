@@ -1,0 +1,130 @@
+"""Latents that a model generates, and what of them outlives the optimizer step that made them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpening.draws import draw_noise
+from sharpening.sdxl import Denoiser
+from sharpening.selection import ModelOf, Scores, Verdict, begin_samples
+from sharpening.trajectory import Schedule, generate
+from sharpening.waiting import beginning, wait_for_all
+
+
+@torch.no_grad()
+def generate_in_slices(model_of: ModelOf, schedule: Schedule, noise: Tensor, batch_size: int) -> Tensor:
+    """Clean latents (R, ...) of Gaussian noise (R, ...), `batch_size` at a time."""
+    parts = torch.arange(len(noise)).split(batch_size)
+    return torch.cat([generate(model_of(rows), schedule, noise[rows]) for rows in parts])
+
+
+def not_finite(latents: Tensor, step: int) -> str:
+    """What is to be said if the generated latents of a step are not finite, or nothing."""
+    if latents.isfinite().all():
+        return ""
+    return (
+        f"step {step}: the generated latents are not finite; use --mixed_precision=bf16, or a lower --learning_rate "
+        "if earlier steps were well"
+    )
+
+
+class Generations:
+    """The generation under way, micro-batch by micro-batch, for all optimizer steps that it serves.
+
+    Attributes:
+        batches: the prompts of each micro-batch, collated rows of `CachedData`.
+        made: for each micro-batch that has latents, `{"prompts": list[str], "latents": Tensor}`. A checkpoint keeps
+            this list as it is: the weights that made the latents are gone.
+        scores: of each micro-batch whose latents were judged.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[Mapping[str, Any]] = []
+        self.made: list[dict[str, Any]] = []
+        self.scores: list[Scores] = []
+
+    def begin(self, batches: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> bool:
+        """Take up new prompts; returns whether `made`, read from a checkpoint, are latents of `shape` for them."""
+        self.batches, self.scores = list(batches), []
+        made = [(entry["prompts"], tuple(entry["latents"].shape)) for entry in self.made]
+        return made == [(batch["caption"], tuple(shape)) for batch in batches]
+
+    def add(self, prompts: Sequence[str], latents: Tensor) -> None:
+        """Keep the latents of the next micro-batch."""
+        self.made.append({"prompts": list(prompts), "latents": latents})
+
+
+class SampleSets:
+    """Samples of a model that does not change, n for each prompt and set: drawn once, judged once, kept.
+
+    A prompt's samples do not depend on when it is drawn or on its neighbours in a batch, so after a resumption they
+    are drawn again as they were.
+    """
+
+    def __init__(self, sets: int, rows: int, n: int, shape: Sequence[int], seed: int) -> None:
+        """A prompt gets its next one of `sets` sets whenever all `rows` of the data have been drawn; samples are
+        latents of `shape` (4, h, w)."""
+        self.sets, self.rows, self.n, self.shape, self.seed = sets, rows, n, shape, seed
+        self.round = 0
+        self._latents: dict[str, Tensor] = {}  # by key, (n, 4, h, w) on the CPU
+        self._scores: dict[str, Scores] = {}  # by key, of n samples
+
+    def begin_round(self, number: int) -> None:
+        """Forget all samples: another model draws those of this round."""
+        self.round = number
+        self._latents.clear()
+        self._scores.clear()
+
+    def keys(self, draws: Sequence[int], prompts: Sequence[str]) -> list[str]:
+        """What names the samples of each draw."""
+        of_round = f"round {self.round}/" if self.round else ""
+        sets = [draw // self.rows % self.sets for draw in draws]
+        return [f"{of_round}{number}/{prompt}" for number, prompt in zip(sets, prompts, strict=True)]
+
+    def draw(self, keys: Sequence[str], denoiser: Denoiser, schedule: Schedule, batch_size: int) -> None:
+        """Draw the samples of B keys that are not there yet, `batch_size` at a time; denoiser is of B rows."""
+        for index, key in enumerate(keys):
+            if key not in self._latents:
+                noise = draw_noise(self.seed, [key], self.n, self.shape)[0].to(denoiser.condition.pooled.device)
+                model_of = denoiser.repeat(index, self.n).rows
+                self._latents[key] = generate_in_slices(model_of, schedule, noise, batch_size).cpu()
+
+    def judge(
+        self,
+        keys: Sequence[str],
+        prompts: Sequence[str],
+        begin: Callable[[Tensor, list[str]], Callable[[], Verdict]],
+        batch_size: int,
+    ) -> None:
+        """Judge the samples of each key, by itself, unless all of them have a score already.
+
+        `begin(latents (r, 4, h, w), prompts)` begins to judge; what it returns waits for the verdict.
+        """
+        begun: dict[str, Callable[[], Scores]] = {}
+        with beginning(begun.values()):
+            for key, prompt in zip(keys, prompts, strict=True):
+                if key in begun or (key in self._scores and not self._scores[key].rewards.isnan().any()):
+                    continue
+                begun[key] = begin_samples(
+                    lambda x, rows, prompt=prompt: begin(x, [prompt] * len(rows)), self._latents[key], batch_size
+                )
+        for key, scores in zip(begun, wait_for_all([*begun.values()]), strict=True):
+            self._scores[key] = scores
+
+    def latents(self, keys: Sequence[str]) -> Tensor:
+        """The samples (B * n, 4, h, w) of B keys, on the CPU."""
+        return torch.cat([self._latents[key] for key in keys])
+
+    def scores(self, keys: Sequence[str]) -> Scores:
+        """The scores of the samples of B keys."""
+        parts = [self._scores[key] for key in keys]
+        missing = [torch.full_like(part.rewards, torch.nan) for part in parts]
+        names = dict.fromkeys(name for part in parts for name in part.components)
+        components = {
+            name: torch.cat([part.components.get(name, nan) for part, nan in zip(parts, missing, strict=True)])
+            for name in names
+        }
+        rewards, active = (torch.cat([getattr(part, name) for part in parts]) for name in ("rewards", "active"))
+        return Scores(rewards, components, active, self.latents(keys))

@@ -1,0 +1,110 @@
+"""A run as its flags describe it, before any model is loaded: the accelerator, the sources, the length, the cost.
+
+Does not import diffusers' models, so that `--dry_run` answers soon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharpening import flags
+from sharpening.model_source import Source
+from sharpening.run_flags import check_schedule
+from sharpening.running import launching
+from sharpening.trajectory import Schedule
+
+
+class Plan:
+    """What a training run will do.
+
+    Attributes:
+        args, groups: its flags, and their declarations.
+        method: what is done, in the words of the model card.
+        output_dir: of the run.
+        accelerator, device, world_size, is_main: of this process.
+        weight_dtype: of frozen models and cached embeddings.
+        source: of the pipeline that is trained.
+        schedule: of its noise.
+        steps_per_epoch, num_steps: in optimizer steps, once `settle` was called.
+    """
+
+    def __init__(self, args: argparse.Namespace, groups: flags.Groups, method: str) -> None:
+        """Start the accelerator and read the scheduler.
+
+        Raises:
+            UserError: naming the flag and the remedy.
+        """
+        self.args, self.groups, self.method = args, groups, method
+        sys.argv[:] = flags.redact(sys.argv, groups)  # trackers record it
+        self.output_dir = Path(args.output_dir)
+        self.accelerator = launching.make_accelerator(
+            self.output_dir, args.logging_dir, args.mixed_precision, args.report_to, args.allow_tf32
+        )
+        self.device, self.world_size = self.accelerator.device, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.weight_dtype = launching.weight_dtype(self.accelerator)
+        self.source = Source(
+            "pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision, args.variant,
+            args.cache_dir,
+        )  # fmt: skip
+        config = self.source.read_json("scheduler/scheduler_config.json")
+        check_schedule(vars(args), config["num_train_timesteps"])
+        self.schedule = Schedule.from_config(config, args.infer_steps, args.prediction_type)
+        self.steps_per_epoch = self.num_steps = 0
+
+    def data_options(self) -> dict[str, Any]:
+        """The flags that say which data, as the loaders of `sharpening.data` take them."""
+        names = "dataset_name dataset_config_name train_data_dir caption_column max_train_samples cache_dir"
+        return {"seed": self.args.seed or 0, **{name: getattr(self.args, name) for name in names.split()}}
+
+    def settle(
+        self,
+        rows: int,
+        data: str,
+        cost: Mapping[str, float],
+        facts: Mapping[str, str],
+        reuse: int = 1,
+        frozen: bool = False,
+    ) -> None:
+        """Settle the length of the run and print what it will do.
+
+        Args:
+            rows: of the data, which `data` describes, e.g. "200 rows of NAME".
+            cost: rows that one process puts through the UNet in an optimizer step, by purpose, and through the
+                decoder by the purpose "decode".
+            facts: what else there is to say of the method, by name.
+            reuse: optimizer steps that one batch serves.
+            frozen: a frozen copy of the UNet is held.
+        """
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * self.world_size
+        self.steps_per_epoch = math.ceil(rows / batch) * reuse
+        self.num_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
+        if not self.is_main:
+            return
+        parameters = launching.count_unet_parameters(self.source, args.lora_rank if args.use_lora else None)
+        half = self.weight_dtype != torch.float32
+        forwards = [f"{rows:g} rows to {purpose}" for purpose, rows in cost.items() if rows and purpose != "decode"]
+        training = f", LoRA of rank {args.lora_rank}: {parameters[1] / 1e6:.1f}M train" if args.use_lora else ""
+        lines = {
+            "model": f"{self.source.name}, UNet of {parameters[0] / 1e6:.1f}M parameters{training}",
+            "data": data,
+            "reward": args.reward_model,
+            **facts,
+            "rows per step": f"{batch} = {args.train_batch_size} per batch x {args.gradient_accumulation_steps} "
+            f"accumulated x {self.world_size} processes",
+            "forwards per step": f"{', '.join(forwards)}, per process",
+            "decodes per step": f"{cost['decode']:g}, per process",
+            "steps": f"{self.num_steps}, {self.steps_per_epoch} per epoch, "
+            f"{self.num_steps / self.steps_per_epoch:.2f} epochs",
+            "memory held": launching.memory_held(parameters, half, args.use_8bit_adam, args.use_ema, frozen),
+            "output": args.output_dir,
+        }
+        print(launching.as_plan(lines), flush=True)

@@ -1,0 +1,127 @@
+"""The score pass and the selection: which branch of every prompt earned most, and which least (eq. 8)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharpening.regression import masked_mean
+from sharpening.trajectory import Branches, Model, Path, Schedule, timesteps_along, walk
+from sharpening.waiting import beginning, wait_for_all
+
+# `judge(latents (r, ...), rows (r,))` begins to judge some of R rows; what it returns waits for their total reward
+# (r,) and its components, name -> (r,).
+Verdict = tuple[Tensor, Mapping[str, Tensor]]
+Judge = Callable[[Tensor, Tensor], Callable[[], Verdict]]
+ModelOf = Callable[[Tensor], Model]  # the model with the condition of some of R rows, a tensor of indices
+
+
+class Scores(NamedTuple):
+    """What was learned about R branches of m steps, or about R samples as if they were branches of one step."""
+
+    rewards: Tensor  # (R, m) float32 on the CPU; 0 where inactive, NaN where the reward failed and was told to skip
+    components: dict[str, Tensor]  # name -> (R, m), the raw value of every component of the reward, NaN without one
+    active: Tensor  # (R, m) bool on the CPU
+    last_estimate: Tensor  # (R, ...) the clean estimate of every branch's last active step
+
+
+@torch.no_grad()
+def score_branches(
+    model_of: ModelOf, judge: Judge, schedule: Schedule, branches: Branches, steps: int, batch_size: int
+) -> tuple[Scores, Path]:
+    """Walk R branches without gradient, judge the clean estimate of every active step, and keep the path.
+
+    `batch_size` branches are walked at a time, so activations grow neither with R nor with `steps`; two latents are
+    kept for each step of each branch. No reward is waited for before all steps are walked.
+    """
+    t = timesteps_along(schedule, branches.t, steps)
+    active = (t >= 0).cpu()
+    judged: list[tuple[Tensor, int]] = []  # (rows, k)
+    waits: list[Callable[[], Verdict]] = []  # for their rewards
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each slice: states, outputs, last estimates
+    with beginning(waits):
+        for rows in torch.arange(len(t)).split(batch_size):
+            part, x, outputs = branches.rows(rows), [], []
+            last = part.x_t
+            for k, point in enumerate(walk(model_of(rows), schedule, part.x_t, part.t, steps)):
+                on = active[rows, k]
+                if not on.any():
+                    break
+                x.append(point.x)
+                outputs.append(point.output)
+                last = torch.where(point.active.view(-1, *[1] * (last.ndim - 1)), point.x0_hat, last)
+                judged.append((rows[on], k))
+                waits.append(judge(point.x0_hat if on.all() else point.x0_hat[on], rows[on]))
+            ended = steps - len(x)  # nobody looks at the steps below t = 0
+            kept.append((torch.stack(x + x[-1:] * ended, 1), torch.stack(outputs + outputs[-1:] * ended, 1), last))
+    x, outputs, last = map(torch.cat, zip(*kept, strict=True))
+    return Scores(*_collect(judged, waits, active.shape), active, last), Path(x, t.clamp(min=0), active, outputs)
+
+
+@torch.no_grad()
+def begin_samples(judge: Judge, x_0: Tensor, batch_size: int) -> Callable[[], Scores]:
+    """Begin to judge R clean latents (R, ...), `batch_size` at a time; what is returned waits for their scores."""
+    active = torch.ones(len(x_0), 1, dtype=torch.bool)
+    parts, waits = torch.arange(len(x_0)).split(batch_size), []
+    with beginning(waits):
+        for part in parts:
+            waits.append(judge(x_0[part], part))
+    return lambda: Scores(*_collect([(part, 0) for part in parts], waits, active.shape), active, x_0)
+
+
+def _collect(
+    judged: Sequence[tuple[Tensor, int]], waits: Sequence[Callable[[], Verdict]], shape: tuple[int, int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Wait for the rewards of (rows, step): all of them and their components as tensors of `shape` (R, m)."""
+    rewards, components = torch.zeros(shape), {}
+    for (rows, k), (total, parts) in zip(judged, wait_for_all(waits), strict=True):
+        rewards[rows, k] = total
+        for name, values in parts.items():
+            components.setdefault(name, torch.full(shape, torch.nan))[rows, k] = values
+    return rewards, components
+
+
+class Selection(NamedTuple):
+    """Which branch of each of B prompts to learn from."""
+
+    branch_reward: Tensor  # (B, n) mean reward over the active steps of each branch; NaN if one of them has none
+    scored: Tensor  # (B, n) bool: the branch has a reward and took part
+    best: Tensor  # (B,) index in [0, n), among scored branches
+    worst: Tensor  # (B,) index in [0, n), among scored branches
+    tied: Tensor  # (B,) bool: best and worst earned the same, so the choice says nothing
+
+    @property
+    def decided(self) -> Tensor:
+        """(B,) bool: best and worst have scores that differ; the other prompts carry no preference."""
+        return (self.scored.sum(1) > 1) & ~self.tied
+
+    @property
+    def best_rows(self) -> Tensor:
+        """(B,) rows of the best branches, where row b * n + i is branch i of prompt b."""
+        return self._rows(self.best)
+
+    @property
+    def worst_rows(self) -> Tensor:
+        """(B,) rows of the worst branches."""
+        return self._rows(self.worst)
+
+    def _rows(self, branch: Tensor) -> Tensor:
+        prompts, n = self.branch_reward.shape
+        return torch.arange(prompts) * n + branch
+
+
+def select(rewards: Tensor, active: Tensor, n: int) -> Selection:
+    """Best and worst branch of every prompt (eq. 8), never across prompts; rewards and active are (B * n, m).
+
+    The branches of a prompt share t, hence the number of active steps, so the mean ranks them exactly as the sum does.
+    A branch with a reward of NaN (`--reward_failure=skip`) is out of the running. Where all of a prompt's are, `best`
+    and `worst` are arbitrary and `scored` says so.
+    """
+    branch_reward = masked_mean(rewards, active).view(-1, n)
+    scored = ~branch_reward.isnan()
+    as_loser = torch.where(scored, branch_reward, -torch.inf)
+    as_winner = torch.where(scored, branch_reward, torch.inf)
+    best, worst = as_loser.argmax(1), as_winner.argmin(1)
+    tied = scored.any(1) & (as_loser.amax(1) == as_winner.amin(1))
+    return Selection(branch_reward, scored, best, worst, tied)
