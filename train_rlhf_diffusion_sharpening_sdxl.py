@@ -9,7 +9,7 @@ For every prompt:
     COMPARE   the model's errors with those of a frozen reference along both branches: the preference loss (eq. 11).
     TRAIN     on the states that the pair went through; the loss has given each of their errors its weight by now.
 States along a branch are data and the loss sees the model through its errors alone, so its gradient is a weighted sum
-over rows, taken in slices of `--train_rows`: peak memory grows neither with n nor with m.
+over rows, taken in slices of `--train_rows`: peak memory is that of a slice, whatever n and m.
 
     accelerate launch train_rlhf_diffusion_sharpening_sdxl.py --pretrained_model_name_or_path=MODEL \
         --prompts_file=prompts.txt --reward_model=clip --resolution=512 --train_batch_size=1 --mixed_precision=fp16
@@ -44,7 +44,7 @@ GENERATION = (
         "of the branches: noise of their own (paper), one noise for all of a prompt, as Diffusion-DPO has it, or that "
         "which their latents came from (released)",
         choices=("fresh", "shared", "generation"), presets={"paper": "fresh", "released": "generation"},
-        spellings={"--share_noise_in_pair": "shared", "--no-share_noise_in_pair": None},
+        switch=("share_noise_in_pair", "shared"),
     ),
 )  # fmt: skip
 PREFERENCE = (
@@ -171,18 +171,19 @@ def main(args: argparse.Namespace) -> int:
     # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
     # of diffusers' models.
     from sharpening.data.prompts import load_prompts
-    from sharpening.plan import Plan
+    from sharpening.plan import Method, Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
-    plan = Plan(args, FLAGS, "RLHF Diffusion-Sharpening")
+    plan = Plan(args, FLAGS, Method("RLHF Diffusion-Sharpening", "diffusion-sharpening", "2502.12146"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
     prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
     n, m, batch_size = args.num_noisy_latents, args.trajectory_nums, args.train_batch_size
     latents_per_prompt = n if args.latents_per_prompt == "n" else 1
     accumulation, reuse, guidance = args.gradient_accumulation_steps, args.generation_reuse, args.branch_guidance_scale
-    setting = f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)"
-    data = len(prompt_data.dataset), prompt_data.description
-    plan.settle(*data, rows_per_step(args), {"preset": setting}, reuse, frozen=not args.use_lora)
+    facts = {"preset": f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)"}
+    plan.settle(
+        len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, reuse, frozen=not args.use_lora
+    )
     if args.dry_run:
         return 0
 
@@ -212,7 +213,8 @@ def main(args: argparse.Namespace) -> int:
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, generations.made)
     regression = Regression(schedule, args.branch_target, args.snr_gamma)
 
-    encoders, unconditional = run.load_text_encoders(vae, reward)
+    encoders, unconditional = run.load_text_encoders()
+    run.validate_with(encoders, unconditional, vae, reward)
     data = cache_embeddings(prompt_data.dataset, encode_prompts=encoders.encode, **run.cache_options())
     del encoders
     batches, draws = run.batches(data, reuse), run.draws()

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whenever the process that writes them is killed."""
+"""Files and folders: what a name means, what makes a folder a model, and how to write one whole or not at all."""
 
 import os
 import shutil
@@ -6,6 +6,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+MODEL_MARKERS = ("model_index.json", LORA_FILE)  # what makes a folder a pipeline, or a LoRA adapter, for diffusers too
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model or dataset name can only be a path: hub ids are `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 @contextmanager

@@ -224,7 +224,8 @@ def walk_path(
         points = [*walk(model_of(rows), schedule, part.x_t, part.t, steps if outputs else steps - 1)]
         last = [] if outputs else [points[-1].moved(schedule)]
         x.append(torch.stack([point.x for point in points] + last, 1))
-        output.append(torch.stack([point.output for point in points], 1))
+        if outputs:
+            output.append(torch.stack([point.output for point in points], 1))
     return Path(torch.cat(x), t.clamp(min=0), (t >= 0).cpu(), torch.cat(output) if outputs else None)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 
 from sharpening.errors import UserError, reason
-from sharpening.run_flags import looks_local
+from sharpening.files import looks_local
 
 FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 

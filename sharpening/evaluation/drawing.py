@@ -25,9 +25,8 @@ from tqdm.auto import tqdm
 from sharpening import sdxl
 from sharpening.errors import UserError, first_line
 from sharpening.evaluation import search
-from sharpening.files import write_aside
+from sharpening.files import LORA_FILE, write_aside
 from sharpening.model_source import Source
-from sharpening.run_flags import LORA_FILE
 from sharpening.trajectory import Schedule
 
 if TYPE_CHECKING:

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 from sharpening.errors import require
 from sharpening.evaluation.benchmark_export import KINDS
+from sharpening.files import LORA_FILE, MODEL_MARKERS, looks_local
 from sharpening.flags import Flag, parse
-from sharpening.run_flags import LORA_FILE, looks_local
 
-# What makes a folder a pipeline, or an adapter for the base.
-MARKERS = ("model_index.json", LORA_FILE)
 FLAGS = (
     Flag(
         "models",
@@ -127,7 +125,8 @@ def parse_model(entry: str) -> Model:
     local = looks_local(path)
     expanded = str(Path(path).expanduser()) if local else path
     require(
-        not local or any((Path(expanded) / file).is_file() for file in MARKERS),
-        f"--models {path} holds no {' and no '.join(MARKERS)}; give a pipeline folder, a LoRA folder or a hub id",
+        not local or any((Path(expanded) / file).is_file() for file in MODEL_MARKERS),
+        f"--models {path} holds no {' and no '.join(MODEL_MARKERS)}; give a pipeline folder, a LoRA folder or a hub "
+        "id",
     )
     return Model(name, expanded, search or None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpening.evaluation.comparison import Comparison
+from sharpening.files import write_aside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,8 @@ def write_files(
 
     metrics = {metric: {name: c._asdict() for name, c in of_models.items()} for metric, of_models in results.items()}
     summary = {"settings": settings, "models": models, "metrics": metrics}
-    (output_dir / "summary.json").write_text(json.dumps(_without_nan(summary), indent=2))
+    with write_aside(output_dir / "summary.json") as aside:
+        aside.write_text(json.dumps(_without_nan(summary), indent=2))
     comparisons = pandas.DataFrame(
         {"metric": metric, "model": name, **c, "nfe": models[name]["nfe"], "seconds": models[name]["seconds"]}
         for metric, of_models in metrics.items()
@@ -77,7 +79,8 @@ def write_files(
     seeds = range(settings["seed"], settings["seed"] + len(prompts))
     images = pandas.DataFrame({"prompt": prompts, "seed": seeds, **columns})
     for file, frame in (("summary.csv", comparisons), ("scores.csv", images)):
-        frame.to_csv(output_dir / file, index=False, lineterminator="\r\n")  # as RFC 4180 has it
+        with write_aside(output_dir / file) as aside:
+            frame.to_csv(aside, index=False, lineterminator="\r\n")  # as RFC 4180 has it
 
 
 def _without_nan(value: Any) -> Any:
