@@ -111,6 +111,22 @@ def draw_noise(seed: int, keys: Sequence[int | str], count: int, shape: Sequence
     return torch.stack([torch.randn(count, *shape, generator=generator) for generator in generators])
 
 
+def draw_paths(
+    seed: int, draws: Sequence[int], n: int, shape: Sequence[int], steps: int, kept: int
+) -> tuple[Tensor, Tensor]:
+    """What is random along n stochastic sampling paths of `steps` steps per draw.
+
+    Returns the noise of all steps but the last, (B * n, steps - 1, C, h, w) float32, and `kept` different ones of
+    those steps for each path, (B * n, kept) int64.
+    """
+    noises, indices = [], []
+    for draw in draws:
+        generator = draw_generator(seed, int(draw), "path")
+        noises.append(torch.randn(n, steps - 1, *shape, generator=generator))
+        indices += [torch.randperm(steps - 1, generator=generator)[:kept] for _ in range(n)]
+    return torch.cat(noises), torch.stack(indices)
+
+
 def timestep_probabilities(
     num_train_timesteps: int,
     strategy: str = "none",

@@ -1,13 +1,17 @@
-"""Latents that the current model generates, and what of them outlives the optimizer step that made them."""
+"""Latents that a model generates, and what of them outlives the optimizer step that made them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharpening.selection import ModelOf, Scores
+from sharpening.draws import draw_noise
+from sharpening.sdxl import Denoiser
+from sharpening.selection import Judge, ModelOf, Scores, Verdict, begin_samples
 from sharpening.trajectory import Schedule, generate
+from sharpening.waiting import beginning, wait_for_all
 
 
 @torch.no_grad()
@@ -51,3 +55,76 @@ class Generations:
     def add(self, prompts: Sequence[str], latents: Tensor) -> None:
         """Keep the latents of the next micro-batch."""
         self.made.append({"prompts": list(prompts), "latents": latents})
+
+
+class SampleSets:
+    """Samples of a model that does not change, n for each prompt and set: drawn once, judged once, kept.
+
+    A prompt's samples do not depend on when it is drawn or on its neighbours in a batch, so after a resumption they
+    are drawn again as they were.
+    """
+
+    def __init__(self, sets: int, rows: int, n: int, shape: Sequence[int], seed: int) -> None:
+        """A prompt gets its next one of `sets` sets whenever all `rows` of the data have been drawn; samples are
+        latents of `shape` (4, h, w)."""
+        self.sets, self.rows, self.n, self.shape, self.seed = sets, rows, n, shape, seed
+        self.round = 0
+        self._latents: dict[str, Tensor] = {}  # by key, (n, 4, h, w) on the CPU
+        self._scores: dict[str, Scores] = {}  # by key, of n samples
+
+    def begin_round(self, number: int) -> None:
+        """Forget all samples if the round is another one: another model draws its."""
+        if number != self.round:
+            self.round = number
+            self._latents.clear()
+            self._scores.clear()
+
+    def keys(self, draws: Sequence[int], prompts: Sequence[str]) -> list[str]:
+        """What names the samples of each draw."""
+        of_round = f"round {self.round}/" if self.round else ""
+        sets = [draw // self.rows % self.sets for draw in draws]
+        return [f"{of_round}{number}/{prompt}" for number, prompt in zip(sets, prompts, strict=True)]
+
+    def draw(self, keys: Sequence[str], denoiser: Denoiser, schedule: Schedule, batch_size: int) -> None:
+        """Draw the samples of B keys that are not there yet, `batch_size` at a time; denoiser is of B rows."""
+        for index, key in enumerate(keys):
+            if key not in self._latents:
+                noise = draw_noise(self.seed, [key], self.n, self.shape)[0].to(denoiser.condition.pooled.device)
+                model_of = denoiser.repeat(index, self.n).rows
+                self._latents[key] = generate_in_slices(model_of, schedule, noise, batch_size).cpu()
+
+    def judge(self, keys: Sequence[str], judge: Judge, batch_size: int) -> None:
+        """Judge the samples of each of B keys, by itself, unless all of them have a score already.
+
+        `judge(latents, rows)` is told the rows of B * n samples, of which n follow each other for each key.
+        """
+        begun: dict[str, Callable[[], Scores]] = {}
+        with beginning(begun.values()):
+            for first, key in zip(range(0, len(keys) * self.n, self.n), keys, strict=True):
+                if key in begun or (key in self._scores and not self._scores[key].rewards.isnan().any()):
+                    continue
+                of_key = partial(_judge_from, judge, first)
+                begun[key] = begin_samples(of_key, self._latents[key], batch_size)
+        for key, scores in zip(begun, wait_for_all([*begun.values()]), strict=True):
+            self._scores[key] = scores
+
+    def latents(self, keys: Sequence[str]) -> Tensor:
+        """The samples (B * n, 4, h, w) of B keys, on the CPU."""
+        return torch.cat([self._latents[key] for key in keys])
+
+    def scores(self, keys: Sequence[str]) -> Scores:
+        """The scores of the samples of B keys."""
+        parts = [self._scores[key] for key in keys]
+        missing = [torch.full_like(part.rewards, torch.nan) for part in parts]
+        names = dict.fromkeys(name for part in parts for name in part.components)
+        components = {
+            name: torch.cat([part.components.get(name, nan) for part, nan in zip(parts, missing, strict=True)])
+            for name in names
+        }
+        rewards, active = (torch.cat([getattr(part, name) for part in parts]) for name in ("rewards", "active"))
+        return Scores(rewards, components, active, self.latents(keys))
+
+
+def _judge_from(judge: Judge, first: int, latents: Tensor, rows: Tensor) -> Callable[[], Verdict]:
+    """`judge` on rows that are counted from `first`."""
+    return judge(latents, rows + first)

@@ -103,4 +103,4 @@ class Preference(NamedTuple):
     loss: Tensor  # (B,)
     logits: Tensor  # (B,) the argument of the log-sigmoid
     log_ratios: Tensor  # (B, 2) surrogate of log p_theta / p_ref: best, worst
-    weights: Tensor  # (B, 2, m) derivative of the mean loss by each error; 0 for a pair that says nothing
+    weights: Tensor | None = None  # (B, 2, m) derivative of the mean loss by each error; 0 for undecided pairs

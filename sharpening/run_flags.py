@@ -5,13 +5,14 @@ Nothing here imports torch unless the GPU is asked about, so a typo is answered 
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sharpening.errors import require
+from sharpening.files import looks_local
 from sharpening.flags import Flag, Groups, parse
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what makes a folder a LoRA adapter, for diffusers too
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 MODEL = (
@@ -46,11 +47,14 @@ PRESET = Flag(
     choices=("paper", "released"),
     free=True,
 )
+NUM_NOISY_LATENTS = Flag("num_noisy_latents", "n, branches or samples per prompt", int, 3, "[1, inf)")
+TRAJECTORY_NUMS = Flag("trajectory_nums", "m, steps along each branch that are trained on", int, 3, "[1, inf)")
+INFER_STEPS = Flag("infer_steps", "a step spans num_train_timesteps / infer_steps", int, 25, "[1, inf)")
 TRAJECTORY = (
     PRESET,
-    Flag("num_noisy_latents", "n, branches per prompt", int, 3, "[1, inf)"),
-    Flag("trajectory_nums", "m, steps along each branch", int, 3, "[1, inf)"),
-    Flag("infer_steps", "a step spans num_train_timesteps / infer_steps", int, 25, "[1, inf)"),
+    NUM_NOISY_LATENTS,
+    TRAJECTORY_NUMS,
+    INFER_STEPS,
     Flag(
         "branch_guidance_scale",
         "guidance the branch follows; the loss is conditional",
@@ -85,13 +89,20 @@ NOISING = (
     Flag("timestep_bias_begin", "first timestep of range", int, 0),
     Flag("timestep_bias_end", "end (exclusive) of range", int, 1000),
 )
+PROMPTS = (
+    Flag("prompts_file", "txt with a prompt on each line, csv or jsonl; no images are needed"),
+    Flag("generation_batch_size", "latents per forward, two rows each with guidance", int, 8, "[1, inf)", free=True),
+)
+GUIDANCE_SCALE = Flag("guidance_scale", "when generating; 1: without", float, 5.0, "[0, inf)")
+BETA_DPO = Flag("beta_dpo", "beta of the preference loss, without DPO's factor 1/2", float, 2500.0, "(0, inf)")
+SETS = Flag("sets", "sets of samples of the base per prompt, each drawn once and kept in memory", int, 1, "[1, inf)")
 BATCHES = (
     Flag("reward_vae", "cheaper decoder for scoring, e.g. madebyollin/taesdxl; unset: the VAE"),
     Flag("score_batch_size", "branches per forward when scoring", int, 8, "[1, inf)", free=True),
     Flag("decode_batch_size", "latents per VAE decode", int, 4, "[1, inf)", free=True),
     Flag(
         "train_rows",
-        "rows per forward and backward when training; memory grows with it and with nothing else; unset: 4, or as "
+        "rows per forward and backward when training; memory grows with it and with nothing else; unset: 8, or as "
         "many as the batch has in one step of its branches",
         int,
         range="[1, inf)",
@@ -116,9 +127,10 @@ OPTIMIZATION = (
     Flag("use_ema", "average the weights; validation and the save use them", bool, False),
     Flag("ema_decay", "largest decay of the average", float, 0.9999, "[0, 1)"),
 )
+LORA_RANK = Flag("lora_rank", "rank of the adapter", int, 16, "[1, inf)")
 LORA = (
     Flag("use_lora", "train a low-rank adapter and leave the UNet as it is", bool, False),
-    Flag("lora_rank", "rank of the adapter", int, 16, "[1, inf)"),
+    LORA_RANK,
     Flag("lora_alpha", "its scale is alpha / rank; unset: the rank", float, range="(0, inf)"),
 )
 HARDWARE = (
@@ -131,13 +143,7 @@ HARDWARE = (
 )
 RUN = (
     Flag("output_dir", "checkpoints, curves and the trained pipeline", default="outputs/sharpened", free=True),
-    Flag(
-        "seed",
-        "seed of every draw; unset: a random one, which is printed and saved",
-        int,
-        range="[0, 4294967295]",
-        free=True,
-    ),
+    Flag("seed", "of every draw; unset: a random one, which is printed and saved", int, range="[0, 4294967295]"),
     Flag("checkpointing_steps", "optimizer steps between checkpoints", int, 500, "[1, inf)", free=True),
     Flag(
         "checkpoints_total_limit", "keep this many checkpoints, deleting the oldest", int, range="[1, inf)", free=True
@@ -164,7 +170,6 @@ HUB = (
 RUN_FLAGS: Groups = {
     "model": MODEL,
     "data": DATA,
-    "noise and timesteps": NOISING,
     "batches": BATCHES,
     "optimization": OPTIMIZATION,
     "LoRA": LORA,
@@ -176,18 +181,21 @@ RUN_FLAGS: Groups = {
 
 
 def parse_run(description: str, groups: Groups, argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of a training script, checked; they include `RUN_FLAGS`, `--trajectory_nums` and `--infer_steps`.
+    """The flags of a training script, checked; its groups include `RUN_FLAGS`.
 
     Raises:
         UserError: naming the flag and the remedy.
     """
     args = parse(description, groups, argv)
     check_run(args)
+    for flags, check in ((TRAJECTORY, check_trajectory), (NOISING, check_noising)):
+        if flags in groups.values():
+            check(args)
     return args
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Every check of these flags that needs no model, no data and no torch, cheapest first.
+    """Every check of the flags of `RUN_FLAGS` that needs no model, no data and no torch, cheapest first.
 
     Raises:
         UserError: naming the flag and the remedy.
@@ -198,14 +206,33 @@ def check_run(args: argparse.Namespace) -> None:
         f"try {max(8, round(args.resolution / 8) * 8)}",
     )
     require(
+        args.use_lora or (args.lora_rank == LORA_RANK.default and args.lora_alpha is None),
+        "--lora_rank and --lora_alpha have no effect without --use_lora; add it",
+    )
+    _check_sources(args)
+    _check_output(args)
+    _check_hardware(args)
+
+
+def check_trajectory(args: argparse.Namespace) -> None:
+    """The check of the flags of `TRAJECTORY`.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    require(
         args.trajectory_nums <= args.infer_steps,
         f"--trajectory_nums is {args.trajectory_nums}, but a trajectory has only --infer_steps={args.infer_steps} "
         "steps; lower the first or raise the second",
     )
-    require(
-        args.use_lora or (args.lora_rank == 16 and args.lora_alpha is None),
-        "--lora_rank and --lora_alpha have no effect without --use_lora; add it",
-    )
+
+
+def check_noising(args: argparse.Namespace) -> None:
+    """The checks of the flags of `NOISING`.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
     require(
         args.timestep_bias_strategy != "range" or 0 <= args.timestep_bias_begin < args.timestep_bias_end,
         f"--timestep_bias_begin={args.timestep_bias_begin} and --timestep_bias_end={args.timestep_bias_end} "
@@ -216,31 +243,23 @@ def check_run(args: argparse.Namespace) -> None:
         f"--timestep_bias_strategy={args.timestep_bias_strategy} has no effect with --timestep_bias_multiplier=1; "
         "set another multiplier",
     )
-    _check_sources(args)
-    _check_output(args)
-    _check_hardware(args)
 
 
-def check_schedule(args: argparse.Namespace, num_train_timesteps: int) -> None:
-    """What can only be checked against the model's own scheduler config.
+def check_schedule(flags: Mapping[str, Any], num_train_timesteps: int) -> None:
+    """What can only be checked against the model's own scheduler config; flags by name.
 
     Raises:
         UserError: naming the flag and the remedy.
     """
     require(
-        args.infer_steps <= num_train_timesteps,
-        f"--infer_steps is {args.infer_steps}, but the model has only {num_train_timesteps} timesteps; lower it",
+        flags["infer_steps"] <= num_train_timesteps,
+        f"--infer_steps is {flags['infer_steps']}, but the model has only {num_train_timesteps} timesteps; lower it",
     )
     require(
-        args.timestep_bias_strategy != "range" or args.timestep_bias_end <= num_train_timesteps,
-        f"--timestep_bias_end is {args.timestep_bias_end}, but the model has only {num_train_timesteps} timesteps; "
-        "lower it",
+        flags.get("timestep_bias_strategy") != "range" or flags["timestep_bias_end"] <= num_train_timesteps,
+        f"--timestep_bias_end is {flags.get('timestep_bias_end')}, but the model has only {num_train_timesteps} "
+        "timesteps; lower it",
     )
-
-
-def looks_local(name: str) -> bool:
-    """Whether a model or dataset name can only be a path: hub ids are `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def _check_sources(args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Stable Diffusion XL as the scripts use it: load, encode, predict, decode, save."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
@@ -174,19 +173,6 @@ def trainable_parameters(unet: UNet2DConditionModel) -> list[nn.Parameter]:
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-@contextmanager
-def reference_unet(unet: UNet2DConditionModel, frozen: UNet2DConditionModel | None) -> Iterator[UNet2DConditionModel]:
-    """The UNet as it was before training: its frozen copy or, without one, itself with the adapter switched off."""
-    if frozen is not None:
-        yield frozen
-        return
-    unet.disable_adapters()
-    try:
-        yield unet
-    finally:
-        unet.enable_adapters()
-
-
 def save_lora(unet: UNet2DConditionModel, folder: str | FilePath) -> None:
     """Write the adapter so that `pipe.load_lora_weights(folder)` applies it, with the scale of its `--lora_alpha`."""
     # Without the metadata the alpha would be read back as equal to the rank.
@@ -230,7 +216,7 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor, batch_size: int) -> Tensor:
     """Images (B, 3, H, W) float32 in [0, 1] of scaled latents (B, 4, h, w), `batch_size` at a time."""
     images = []
-    # The decoder's dtype was chosen by load_vae; an outer autocast would override it and overflow in float16.
+    # The decoder's dtype was chosen by load_decoder; an outer autocast would override it and overflow in float16.
     with torch.autocast(latents.device.type, enabled=False):
         for part in latents.split(batch_size):
             decoded = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample
@@ -267,6 +253,11 @@ class Denoiser:
     def rows(self, index: Tensor) -> Model:
         """The model of the rows that `index` names."""
         return branch_model(self.unet, self.condition.rows(index), self.unconditional, self.guidance_scale)
+
+    def repeat(self, row: int, count: int) -> "Denoiser":
+        """The denoiser of `count` rows, all of them like one of these."""
+        condition = self.condition.rows(torch.full((count,), row))
+        return Denoiser(self.unet, condition, self.unconditional, self.guidance_scale)
 
     def model(self) -> Model:
         """The model of all rows."""

@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def name_and_path(entry: str) -> tuple[str, str]:
+    """`NAME=PATH` as both, or a path alone, with an empty name: a path may hold = itself, a name no slash."""
+    name, separator, path = entry.partition("=")
+    return (name, path) if separator and "/" not in name else ("", entry)
+
+
 def find_checkpoint(flag: str, name: str, filename: str, cache_dir: str | None) -> Path:
     """The file that `name` means: a local file, `filename` in a local folder, or on the hub.
 

@@ -1,115 +1,93 @@
-"""CLIP models of open_clip as reward models use them: unit embeddings of images and prompts."""
+"""CLIP as a judge: how well image and prompt agree, with the scale of CLIPScore or of T2I-CompBench."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import open_clip
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from sharpening.flags import Flag
 
-from sharpening.errors import UserError, did_you_mean, first_line
-from sharpening.rewards.preprocessing import device_dtype, in_slices, preprocess
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DEFAULT_MODEL = "ViT-L-14/openai"
+FLAGS = (
+    Flag(
+        "clip_model",
+        "model of the clip reward, e.g. ViT-H-14/laion2b_s32b_b79k; see sharpening/rewards/clip.py; "
+        f"unset: {DEFAULT_MODEL}",
+    ),
+)
 
 
-class OpenCLIP:
-    """An open_clip model, frozen, with its tokenizer and preprocessing.
+class CLIPScoreReward:
+    """100 x the cosine of the CLIP embeddings of image and prompt (Radford et al. 2021, arXiv 2103.00020).
+
+    Range: [-100, 100]; 15 to 35 for most pairs of photograph and caption with the default model. Prompts are cut at
+    the model's context, 77 tokens. Images go through the resize, crop and normalization that the weights were
+    published with, done on tensors: at 224 px a score equals open_clip's own; at other sizes it differs by the
+    rounding and clipping to 8 bits that PIL's resize adds (0.02 on white noise at 512 px, random ViT-B-32).
 
     Args:
-        flag: what the user wrote, such as `--clip_model NAME`, for error messages.
-        name: see `parse_name`; the docstring of `reward.CLIPScoreReward` lists the forms for users.
-        device: where it runs.
-        dtype: of weights and activations on a GPU; on the CPU it is always float32.
-        cache_dir: where downloads are kept; None is open_clip's own choice.
+        model: which model and weights (`--clip_model`, or `clip:MODEL` in the spec), one of
+
+            - `ViT-L-14/openai` (the default): open_clip's name of the architecture, a slash, and the name of weights
+              that open_clip can download; `ViT-H-14` alone means OpenAI's weights, or the first that it lists;
+            - `ViT-L-14/path/to/checkpoint.pt`: the weights are a local file (.pt, .bin or .safetensors of an
+              open_clip state dict; an absolute path gives two slashes). A file does not say which activation
+              it was trained with: for OpenAI's weights and all that descend from them write
+              `ViT-L-14-quickgelu/path/...`, or every score is quietly wrong. Named weights need no such care;
+            - `hf-hub:organization/name` or `local-dir:path/to/folder`: a repository or folder that open_clip
+              can read (`open_clip_config.json` beside the weights).
+        device: where the model runs.
+        dtype: of the weights and activations on a GPU; on the CPU it is always float32. In float32 an image scores
+            the same alone and in any batch to 1e-4; half precision keeps about three digits.
+        cache_dir: where downloads are kept (`--cache_dir`); None is open_clip's own choice.
 
     Raises:
-        UserError: naming `flag`, if the model or its weights cannot be had.
+        UserError: naming the flag, if the model or its weights cannot be had.
     """
 
     def __init__(
-        self, flag: str, name: str, device: str | torch.device, dtype: torch.dtype | None, cache_dir: str | None
+        self,
+        model: str = DEFAULT_MODEL,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        cache_dir: str | None = None,
     ) -> None:
-        self.device, self.dtype = torch.device(device), device_dtype(device, dtype)
-        precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
-        architecture, weights = parse_name(flag, name)
-        # OpenAI's weights (and others) were trained with x * sigmoid(1.702 x) in place of GELU. open_clip only warns
-        # when the architecture is built with the other one, so the table of published weights decides here.
-        quick_gelu = bool(weights) and open_clip.get_pretrained_cfg(architecture, weights).get("quick_gelu", False)
-        try:
-            self.model = open_clip.create_model(
-                architecture,
-                pretrained=weights,
-                precision=precision,
-                device=self.device,
-                force_quick_gelu=quick_gelu,
-                cache_dir=cache_dir,
-                require_pretrained=True,
-            )
-            self.tokenize = open_clip.get_tokenizer(architecture, cache_dir=cache_dir)
-        except Exception as error:
-            if weights and Path(weights).is_file():
-                remedy = f"the file must be an open_clip state dict of {architecture}, not a TorchScript archive"
-            else:
-                remedy = (
-                    "check the connection, or download the weights elsewhere and give their path, as "
-                    "ViT-L-14-quickgelu/path/to/checkpoint.pt for OpenAI's, NAME/path/to/checkpoint.pt for others"
-                )
-            raise UserError(f"{flag} could not be loaded ({first_line(error)}); {remedy}") from error
-        self.model.eval().requires_grad_(False)
-        self.preprocessing = self.model.visual.preprocess_cfg
+        from sharpening.rewards.open_clip_model import OpenCLIP
 
-    def preprocess(self, images: Tensor, resize_mode: str | None = None) -> Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] as the model wants them; `resize_mode` None is its own."""
-        config = self.preprocessing
-        return preprocess(
-            images,
-            config["size"],
-            config["mean"],
-            config["std"],
-            resize_mode or config["resize_mode"],
-            config["interpolation"],
-            config["fill_color"] / 255,
-        )
+        self.clip = OpenCLIP(f"--clip_model {model}", model, device, dtype, cache_dir)
 
-    def embed_images(self, images: Tensor, resize_mode: str | None = None) -> Tensor:
-        """Unit embeddings `(B, D)` float32 of images `(B, 3, H, W)` in [0, 1]."""
-        pixels = self.preprocess(images.to(self.device), resize_mode)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return normalize(in_slices(self.model.encode_image, pixels.to(self.dtype)).float(), dim=-1)
-
-    def embed_prompts(self, prompts: list[str]) -> Tensor:
-        """Unit embeddings `(B, D)` float32; each distinct prompt is embedded once."""
-        distinct = list(dict.fromkeys(prompts))  # the branches of one sample share their prompt
-        row_of = {prompt: row for row, prompt in enumerate(distinct)}
-        tokens = self.tokenize(distinct).to(self.device)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            features = normalize(self.model.encode_text(tokens).float(), dim=-1)  # (distinct, D)
-        return features[[row_of[prompt] for prompt in prompts]]
+    def get_reward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return 100 * self.clip.cosine(images, prompts)
 
 
-def parse_name(flag: str, name: str) -> tuple[str, str | None]:
-    """open_clip's `(model name, pretrained)` for a name such as `ViT-H-14/laion2b_s32b_b79k`.
+class CLIPNonSpatialReward:
+    """T2I-CompBench's score of non-spatial relations (Huang et al. 2023, arXiv 2307.06350): CLIPScore of ViT-B/32.
 
-    A name without weights means OpenAI's where there are any, else the first that open_clip lists for it.
+    Range: a cosine, [-1, 1], as the benchmark's tables print it; about 0.3 for prompts of that set. It is
+    `clip:ViT-B-32` without the factor 100. The benchmark runs CLIP in half precision on a GPU and refuses a prompt of
+    more than 77 tokens; here it is float32, and the prompt is cut.
+
+    Args:
+        model: as for CLIPScoreReward (`clip_non_spatial:MODEL` in the spec).
+        device, dtype, cache_dir: as for CLIPScoreReward.
+
+    Raises:
+        UserError: naming the flag, if the model or its weights cannot be had.
     """
-    if name.startswith(("hf-hub:", "local-dir:")):
-        return name, None
-    architecture, _, weights = name.partition("/")
-    known = open_clip.list_models()
-    if architecture not in known:
-        raise UserError(
-            f"{flag} does not begin with a model that open_clip knows{did_you_mean(architecture, known)}; write "
-            "NAME/WEIGHTS, such as ViT-L-14/openai or ViT-L-14-quickgelu/path/to/checkpoint.pt"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    weights = weights or ("openai" if "openai" in tags or not tags else tags[0])
-    if open_clip.is_pretrained_cfg(architecture, weights):
-        return architecture, weights
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"{flag}: {weights} is neither an existing file nor the name of weights for {architecture}; open_clip has "
-            f"{', '.join(tags) or 'none for this model'}"
-        )
-    return architecture, str(path)
+
+    def __init__(
+        self,
+        model: str = "ViT-B-32/openai",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        from sharpening.rewards.open_clip_model import OpenCLIP
+
+        self.clip = OpenCLIP(f"--reward_model clip_non_spatial:{model}", model, device, dtype, cache_dir)
+
+    def get_reward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.clip.cosine(images, prompts)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -27,7 +28,7 @@ def preprocess(
     "shortest" fits the shorter side and crops the centre, "longest" fits the longer side and pads with `fill` (in
     [0, 1]) around it, "squash" changes the aspect ratio. Antialiased, and clamped to [0, 1] after the resize: the
     published paths resize 8-bit images, which cannot overshoot at edges as a bicubic filter on floats does. PIL also
-    rounds to 8 bits, twice; `tests/test_reward.py` bounds the difference.
+    rounds to 8 bits, twice; `tests/rewards/test_clip.py` bounds the difference.
     """
     height, width = (size, size) if isinstance(size, int) else size
     shape = [height, width]
@@ -42,6 +43,11 @@ def preprocess(
         borders = [horizontal // 2, vertical // 2, horizontal - horizontal // 2, vertical - vertical // 2]
         images = F.pad(images, borders, fill=fill)
     return F.normalize(F.center_crop(images, [height, width]), list(mean), list(std))
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images `(B, 3, H, W)` in [0, 1] as `(B, H, W, 3)` uint8."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def in_slices(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -1,54 +1,84 @@
 """`python reward.py`: score images on disk with any reward, as a table and as CSV or JSON."""
 
-import argparse
+from __future__ import annotations
+
 import csv
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sharpening.arguments import OneSentenceParser, add_reward_flags, check_reward_flags, reward_flags
-from sharpening.errors import UserError, exit_status, first_line
+from sharpening import flags
+from sharpening.errors import Stop, UserError, exit_status, first_line, require
+from sharpening.files import write_aside
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from sharpening.rewards.calling import Reward
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+COMMAND_FLAGS = (
+    flags.Flag("images", "folder of images, scored in the order of names", required=True, metavar="DIR"),
+    flags.Flag(
+        "prompts",
+        "txt: one prompt per image, in the order of their names, or one for all; csv or jsonl: columns file_name "
+        "and text (or prompt); unset: metadata.jsonl in DIR",
+        metavar="FILE",
+    ),
+    flags.Flag("output", "also write the scores here, as .csv or .json", metavar="FILE"),
+    flags.Flag("batch_size", "images per forward", int, 8, "[1, inf)"),
+    flags.Flag("device", "where reward models run; unset: the accelerator if there is one"),
+    flags.Flag("cache_dir", "where models and grades are cached"),
+)
+
+Check = Callable[[Mapping[str, Any]], None]
+Load = Callable[[Mapping[str, Any], "str | torch.device"], "Reward"]
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of the command.
+def cli(argv: Sequence[str], reward_flags: Sequence[flags.Flag], check: Check, load: Load) -> int:
+    """The command; a `UserError` becomes one sentence on stderr and status 2.
+
+    Args:
+        argv: its command line.
+        reward_flags: the flags of rewards.
+        check: refuses values of flags, by name, that cannot work.
+        load: the reward that values of flags, by name, mean, on a device.
+    """
+    return exit_status(lambda: run(parse(argv, reward_flags, check), load))
+
+
+def parse(argv: Sequence[str], reward_flags: Sequence[flags.Flag], check: Check) -> dict[str, Any]:
+    """The values of the flags by name.
 
     Raises:
         UserError: naming the flag and the remedy.
     """
-    parser = OneSentenceParser(
-        prog="python reward.py",
-        description="Score images on disk with any reward, before a run depends on it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--images", required=True, metavar="DIR", help="folder of images, scored in the order of names"
-    )
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="txt: one prompt per image, in the order of their names, or one for all; csv or jsonl: columns file_name "
-        "and text (or prompt); unset: metadata.jsonl in DIR",
-    )
-    parser.add_argument("--output", metavar="FILE", help="also write the scores here, as .csv or .json")
-    parser.add_argument("--batch_size", type=int, default=8, help="images per forward")
-    parser.add_argument("--device", help="where reward models run; unset: the accelerator if there is one")
-    parser.add_argument("--cache_dir", help="where models and grades are cached")
-    add_reward_flags(parser.add_argument_group("reward"))
-    args = parser.parse_args(argv)
-    check_reward_flags(args)
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size is {args.batch_size}, but it must be at least 1")
-    if args.output and Path(args.output).suffix not in (".csv", ".json"):
-        raise UserError(f"--output {args.output} must end in .csv or .json")
-    if args.output and not Path(args.output).resolve().parent.is_dir():
-        raise UserError(f"--output {args.output}: its folder does not exist; create it")
-    return args
+    groups = {"images": COMMAND_FLAGS, "reward": reward_flags}
+    description = "Score images on disk with any reward, before a run depends on it."
+    values = vars(flags.parse(description, groups, argv, "python reward.py"))
+    check(values)
+    output = values["output"]
+    if output:
+        require(Path(output).suffix in (".csv", ".json"), f"--output {output} must end in .csv or .json")
+        require(Path(output).resolve().parent.is_dir(), f"--output {output}: its folder does not exist; create it")
+    return values
+
+
+def run(values: Mapping[str, Any], load: Load) -> int:
+    """Score, print the table, write the file; 0."""
+    pairs = read_pairs(values["images"], values["prompts"])
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    scores = score(load(values, values["device"] or accelerator), pairs, values["batch_size"])
+    print(table(pairs, scores))
+    if values["output"]:
+        write(Path(values["output"]), pairs, scores)
+    return 0
 
 
 def read_pairs(images: str, prompts: str | None) -> list[tuple[Path, str]]:
@@ -106,20 +136,21 @@ def read_pairs(images: str, prompts: str | None) -> list[tuple[Path, str]]:
     return [(file, prompt_of[file.name]) for file in files]
 
 
-def main(args: argparse.Namespace) -> int:
-    """Score, print the table, write the file; 0, or 1 if the reward failed."""
-    pairs = read_pairs(args.images, args.prompts)
-    import torch
+def score(reward: Reward, pairs: Sequence[tuple[Path, str]], batch_size: int) -> pd.DataFrame:
+    """A row for each image: the column `reward`, then those of its components; NaN where one could not be scored.
+
+    Raises:
+        UserError: a file is no image.
+        Stop: the reward failed.
+    """
+    import pandas as pd
     from PIL import Image
 
-    from reward import load_reward
     from sharpening.rewards.calling import RewardError
 
-    device = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    reward = load_reward(args.reward_model, device, **reward_flags(args))
-    rows = []
-    for start in range(0, len(pairs), args.batch_size):
-        batch = pairs[start : start + args.batch_size]
+    parts = []
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
         images = []
         for path, _ in batch:
             try:
@@ -131,34 +162,27 @@ def main(args: argparse.Namespace) -> int:
             total, components = reward.score(images, [prompt for _, prompt in batch])
         except RewardError as error:
             print(f"error: {error}; nothing was written", file=sys.stderr)
-            return 1
-        for row, (path, prompt) in enumerate(batch):
-            scores = {"reward": total[row].item()} | {name: column[row].item() for name, column in components.items()}
-            rows.append((path.name, prompt, {name: None if x != x else x for name, x in scores.items()}))
-    print(table(rows))
-    if args.output:
-        write(Path(args.output), rows)
-    return 0
+            raise Stop(1) from error
+        columns = {"reward": total} | components
+        parts.append(pd.DataFrame({name: column.double().numpy() for name, column in columns.items()}))
+    return pd.concat(parts, ignore_index=True)
 
 
-def table(rows: list[tuple[str, str, dict[str, float | None]]]) -> str:
+def table(pairs: Sequence[tuple[Path, str]], scores: pd.DataFrame) -> str:
     """The scores as text, one image a line, then mean and standard error of those that have a score."""
-    import numpy as np
 
     def cut(text: str, width: int) -> str:
         text = " ".join(text.split())
         return text if len(text) <= width else text[: width - 1] + "…"
 
-    names = list(rows[0][2])
-    lines = [["image", "prompt", *names]]
-    for file, prompt, scores in rows:
-        cells = ["failed" if scores[name] is None else f"{scores[name]:.4f}" for name in names]
-        lines.append([cut(file, 32), cut(prompt, 48), *cells])
-    columns = [np.array([scores[name] for *_, scores in rows if scores[name] is not None]) for name in names]
-    means = [f"{column.mean():.4f}" if len(column) else "" for column in columns]
-    errors = [f"{column.std(ddof=1) / len(column) ** 0.5:.4f}" if len(column) > 1 else "" for column in columns]
-    lines += [["mean", "", *means], ["standard error", "", *errors]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    def cells(numbers: Iterable[float], absent: str) -> list[str]:
+        return [absent if number != number else f"{number:.4f}" for number in numbers]
+
+    lines = [["image", "prompt", *scores]]
+    for (path, prompt), row in zip(pairs, scores.itertuples(index=False), strict=True):
+        lines.append([cut(path.name, 32), cut(prompt, 48), *cells(row, "failed")])
+    lines += [["mean", "", *cells(scores.mean(), "")], ["standard error", "", *cells(scores.sem(), "")]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for line in lines:
         left = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
@@ -168,20 +192,15 @@ def table(rows: list[tuple[str, str, dict[str, float | None]]]) -> str:
     return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:]])
 
 
-def write(path: Path, rows: list[tuple[str, str, dict[str, float | None]]]) -> None:
+def write(path: Path, pairs: Sequence[tuple[Path, str]], scores: pd.DataFrame) -> None:
     """The scores at full precision as CSV (empty where an image failed) or JSON (null); whole or not at all."""
-    records = [{"file_name": file, "prompt": prompt, **scores} for file, prompt, scores in rows]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".json":
+    import pandas as pd
+
+    names, prompts = [file.name for file, _ in pairs], [prompt for _, prompt in pairs]
+    rows = pd.DataFrame({"file_name": names, "prompt": prompts, **scores})
+    with write_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".json":  # not by pandas, which writes 15 digits at most
+            records = rows.astype(object).where(rows.notna(), None).to_dict("records")
             json.dump(records, file, indent=1, ensure_ascii=False)
         else:
-            writer = csv.DictWriter(file, list(records[0]))
-            writer.writeheader()
-            writer.writerows(records)
-    partial.replace(path)
-
-
-def cli(argv: Sequence[str]) -> int:
-    """`main` on a command line; a `UserError` becomes one sentence on stderr and status 2."""
-    return exit_status(lambda: main(parse_args(argv)))
+            rows.to_csv(file, index=False, lineterminator="\r\n")

@@ -22,7 +22,8 @@ from sharpening.sdxl import load_lora, save_lora
 logger = get_logger(__name__)
 
 STATE_FILE = "state.json"  # written last: a checkpoint without it is incomplete
-GENERATED_FILE = "generated_latents_{}.pt"  # one for each process
+PENDING_FILE = "pending_{}.pt"  # one for each process
+SHARED_FILE = "shared.pt"
 EMA_STATE_FILE = "ema.pt"  # beside the averaged adapter: the average itself and its count of steps
 
 
@@ -112,22 +113,26 @@ def register_checkpointing(
     unet: UNet2DConditionModel,
     ema: EMAModel | None,
     lr_scheduler: LRScheduler,
-    generated: list[dict[str, Any]] | None = None,
+    pending: list[dict[str, Any]] | None = None,
+    shared: dict[str, Any] | None = None,
 ) -> None:
     """Make `save_state` and `load_state` cover the schedule, and the UNet and its average as diffusers folders.
 
     With an adapter (`--use_lora`) the adapter stands for the UNet: `lora` and `lora_ema` are what
-    `pipe.load_lora_weights` reads. `generated` is what every process on its own still has to use: prompts and latents
-    of weights that are gone (`--generation_reuse`); they are read back into that same list, on the CPU.
+    `pipe.load_lora_weights` reads. `pending` is what each process on its own still has to use, made by weights that
+    are gone, such as latents (`--generation_reuse`); `shared` is what all of them have alike, such as a reference
+    (`--rounds`). They are read back into that same list and dictionary, on the CPU.
     """
     lora = hasattr(unet, "peft_config")
 
     def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         weights.clear()  # accelerate would otherwise write a second copy of them
-        if generated:
-            torch.save(generated, os.path.join(output_dir, GENERATED_FILE.format(accelerator.process_index)))
+        if pending:
+            torch.save(pending, os.path.join(output_dir, PENDING_FILE.format(accelerator.process_index)))
         if not accelerator.is_main_process:
             return
+        if shared:
+            torch.save(shared, os.path.join(output_dir, SHARED_FILE))
         if not lora:
             unet.save_pretrained(os.path.join(output_dir, "unet"))
             if ema is not None:
@@ -141,9 +146,12 @@ def register_checkpointing(
 
     def load(models: list[torch.nn.Module], input_dir: str) -> None:
         models.clear()
-        pending = os.path.join(input_dir, GENERATED_FILE.format(accelerator.process_index))
-        if generated is not None and os.path.exists(pending):
-            generated[:] = torch.load(pending, map_location="cpu", weights_only=True)
+        file = os.path.join(input_dir, PENDING_FILE.format(accelerator.process_index))
+        if pending is not None and os.path.exists(file):
+            pending[:] = torch.load(file, map_location="cpu", weights_only=True)
+        file = os.path.join(input_dir, SHARED_FILE)
+        if shared is not None and os.path.exists(file):
+            shared.update(torch.load(file, map_location="cpu", weights_only=True))
         if not os.path.isdir(os.path.join(input_dir, "lora" if lora else "unet")):
             written, remedy = ("without", "leave the flag out") if lora else ("with", "add the flag")
             raise UserError(f"--use_lora: {input_dir} was written {written} it; {remedy}, or start a new run")

@@ -1,7 +1,8 @@
 """Records what the original ImageReward package computes, for the tests of our implementation.
 
-`python tests/make_image_reward_golden.py` makes an environment of its own with the package and what it needs (several
-GB), runs itself there and writes `image_reward_golden.json` next to this file. The weights are seeded random numbers.
+`python tests/rewards/make_image_reward_golden.py` makes an environment of its own with the package and what it needs
+(several GB), runs itself there and writes `image_reward_golden.json` next to this file. The weights are seeded random
+numbers.
 """
 
 import argparse
@@ -40,6 +41,7 @@ REQUIREMENTS = (
     "pillow==13.0.0",
 )
 RECORDED_VERSIONS = ("image-reward", "torch", "torchvision", "transformers", "timm", "numpy", "pillow")
+ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = Path(__file__).with_name("image_reward_golden.json")
 PAIRS = 16
 
@@ -84,7 +86,8 @@ def main() -> None:
         return
     python = make_environment(arguments.venv)
     command = [python, __file__, "--venv", arguments.venv, "--output", arguments.output.resolve()]
-    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
+    settings = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, env={**os.environ, **settings})
 
 
 def make_environment(folder: Path) -> Path:
@@ -112,8 +115,9 @@ def record() -> dict[str, Any]:
 def record_variant(tiny: bool) -> dict[str, Any]:
     """Builds one network, gives it seeded weights and records its inputs and scores."""
     import torch
-    from image_reward_weights import PROMPTS, seeded_images, seeded_state_dict, vocabulary
     from PIL import Image
+
+    from tests.support.image_reward_weights import PROMPTS, seeded_images, seeded_state_dict, vocabulary
 
     med_config = MED_CONFIG | TINY_TEXT | {"vocab_size": len(vocabulary()) + 2} if tiny else MED_CONFIG
     with tempfile.TemporaryDirectory() as folder, patched_package(Path(folder), tiny) as package:
@@ -174,7 +178,7 @@ def record_variant(tiny: bool) -> dict[str, Any]:
 @contextmanager
 def patched_package(folder: Path, tiny: bool) -> Iterator[SimpleNamespace]:
     """The module of the package, with its tokenizer's vocabulary ours and, if `tiny`, its sizes small."""
-    from image_reward_weights import write_vocab
+    from tests.support.image_reward_weights import write_vocab
 
     importlib.import_module("ImageReward")
     package = sys.modules["ImageReward.ImageReward"]  # the attribute of that name is the class

@@ -11,9 +11,8 @@ from torchvision import transforms
 
 from reward import load_reward
 from sharpening.errors import UserError
-from sharpening.rewards.blip_vqa import questions
+from sharpening.rewards.blip_vqa_network import questions
 from sharpening.rewards.preprocessing import CLIP_MEAN, CLIP_STD, preprocess
-from tests.support.tiny_rewards import TINY
 
 PROMPTS = [
     "a red cube and a green house",
@@ -197,29 +196,3 @@ def test_incomplete_folder_is_refused(damage, said, tiny_blip_vqa, tmp_path):
     with pytest.raises(UserError, match=f"--reward_model blip_vqa:.*could not be loaded .*{said}") as caught:
         load_reward(f"blip_vqa:{folder}")
     assert "\n" not in str(caught.value) and "give a folder that holds" in str(caught.value)
-
-
-# --------------------------------------------------------------------------------------------------- clip_non_spatial
-
-
-def test_clip_non_spatial_is_the_cosine_of_clip(tiny_clip, images):
-    weights, *_ = tiny_clip
-    named = f"{TINY}/{weights}"
-    scores = load_reward(f"clip_non_spatial:{named}").get_reward(images, PROMPTS)
-    torch.testing.assert_close(100 * scores, load_reward(f"clip:{named}").get_reward(images, PROMPTS))
-    assert scores.abs().max() <= 1 and scores.std() > 0.01
-
-
-def test_clip_non_spatial_is_openai_s_base_model_by_default(monkeypatch):
-    import open_clip
-
-    asked = []
-
-    def offline(config, *args, **kwargs):
-        asked.append(config)
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
-    with pytest.raises(UserError, match="--reward_model clip_non_spatial:ViT-B-32/openai could not be loaded"):
-        load_reward("clip_non_spatial")
-    assert asked == [open_clip.get_pretrained_cfg("ViT-B-32", "openai")]

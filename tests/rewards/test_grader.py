@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_template import FOLDER, load_template
+from mllm_template import load_template
 from reward import load_reward
 from sharpening.errors import UserError
 from sharpening.rewards.calling import RewardError
-from sharpening.rewards.grader import BadReplyError, Grades, read_grades
-from sharpening.trajectory import begin_samples
+from sharpening.selection import begin_samples
 from tiny_world.grader_server import ASPECTS, Action, grades
 
 KEY = "sk-planted-grader-key-4711"
@@ -68,7 +67,7 @@ def test_grades_under_way_are_kept_when_others_fail(server, grader, tmp_path):
         return reward.begin(pictures(1), ["refused" if rows[0] == 0 else "slow"])
 
     with pytest.raises(RewardError, match="refused"):
-        begin_samples(judge, torch.zeros(2, 4, 2, 2), torch.arange(2), batch_size=1)()
+        begin_samples(judge, torch.zeros(2, 4, 2, 2), batch_size=1)()
     assert len([*(tmp_path / "cache").rglob("*.json")]) == 1
 
     def broken(latents, rows):
@@ -77,7 +76,7 @@ def test_grades_under_way_are_kept_when_others_fail(server, grader, tmp_path):
         return reward.begin(pictures(1, seed=1), ["slow"])
 
     with pytest.raises(RewardError, match="other failed"):
-        begin_samples(broken, torch.zeros(2, 4, 2, 2), torch.arange(2), batch_size=1)
+        begin_samples(broken, torch.zeros(2, 4, 2, 2), batch_size=1)
     assert len([*(tmp_path / "cache").rglob("*.json")]) == 2
 
 
@@ -405,55 +404,8 @@ def test_cache_that_cannot_be_written_costs_no_score(server, grader, tmp_path, c
     assert "--cache_dir: grades cannot be kept" in caplog.text
 
 
-# ---------------------------------------------------------------------------------------------- templates and replies
-
-
-def test_every_template_here_loads_and_is_named():
-    names = sorted(path.stem for path in FOLDER.glob("*.txt"))
-    assert names == ["five_aspects", "prompt_alignment"]
-    for name in names:
-        template = load_template(name)
-        assert (template.low, template.high) == (0, 10)
-        assert all(f"{aspect}:" in template.instructions for aspect in (*template.aspects, "overall"))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "Judge!", "aspects: a\n---\nJudge!", "aspects: a\nscale: 0\n---\nJudge!", "aspects: a\nscale: 10 0\n---\nx",
-     "scale: 0 10\n---\nJudge!", "aspects: a b\nscale: 0 10\n---\nx", "aspects: overall\nscale: 0 10\n---\nx",
-     "aspects: a\nscale: 0 10\n---\n  "],
-)  # fmt: skip
-def test_malformed_template_is_one_sentence(text, tmp_path):
-    (tmp_path / "mine.txt").write_text(text)
-    with pytest.raises(UserError, match=r"--mllm_template .*mine.txt must begin with") as caught:
-        load_template(str(tmp_path / "mine.txt"))
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_template_names_those_there_are():
-    with pytest.raises(UserError, match=r"five_aspects, prompt_alignment.*did you mean five_aspects"):
-        load_template("five_aspect")
-
-
 def test_scale_of_a_template_maps_to_0_to_1(server, grader, tmp_path):
     (tmp_path / "mine.txt").write_text("aspects: beauty\nscale: -1 3\n---\nJudge!")
     server.default = Action('{"beauty": {"justification": "", "score": -1}, "overall": 2}')
     total, parts = grader(mllm_template=str(tmp_path / "mine.txt")).score(pictures(1), ["a"])
     assert (total.item(), parts["mllm/beauty"].item()) == (0.75, 0.0)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    ['{"A one": 1, "b-two": {"Score": "2"}, "OVERALL": 3.0}', 'x {"a_one": 1, "b_two": 2, "overall": 3} {y',
-     '{"note": {"deep": [1]}, "grades": {"a_one": 1, "b_two": 2, "overall": " 3 "}}'],
-)  # fmt: skip
-def test_replies_that_can_be_read(reply, tmp_path):
-    (tmp_path / "t.txt").write_text("aspects: a_one, b_two\nscale: 0 10\n---\nx")
-    assert read_grades(reply, load_template(str(tmp_path / "t.txt"))) == Grades({"a_one": 1, "b_two": 2}, 3)
-
-
-def test_reply_of_braces_alone_is_refused_in_reasonable_time():
-    started = time.monotonic()
-    with pytest.raises(BadReplyError):
-        read_grades("{" * 20_000 + '{"a":' * 5_000, load_template("five_aspects"))
-    assert time.monotonic() - started < 20

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reward import load_reward
-from sharpening.rewards.score_images import cli
+from reward import cli, load_reward
 from tiny_world import shapes
 from tiny_world.grader_server import Action, grades
 
@@ -204,7 +203,7 @@ def test_command_line_works_and_its_help_is_quick(folder, tmp_path):
     command = [sys.executable, "reward.py", "--reward_model", "shapes", "--images", str(folder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[2].startswith("0.png")
-    program = "import sys, reward\nfrom sharpening.rewards.score_images import parse_args\n"
-    program += "try:\n    parse_args(['--help'])\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
+    program = "import sys, reward\n"
+    program += "try:\n    reward.cli(['--help'])\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--mllm_max_calls" in result.stdout

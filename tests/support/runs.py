@@ -9,6 +9,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     "SFT": "train_sft_diffusion_sharpening_sdxl.py",
     "RLHF": "train_rlhf_diffusion_sharpening_sdxl.py",
+    "DPO": "baselines/diffusion_dpo.py",
+    "BEST_OF_N": "baselines/best_of_n.py",
+    "DDPO": "baselines/ddpo.py",
 }
 
 SPEED = {"samples_per_second", "peak_memory_gib", "generation_time_share"}

@@ -34,6 +34,20 @@ def write_clip(folder):
     return folder / "weights.pt", model.eval(), preprocess
 
 
+def clip_scores(model, preprocess, pictures, prompts):
+    """100 x cosine of a model that `write_clip` made, with nothing but open_clip's own calls, one pair at a time."""
+    import open_clip
+
+    tokenize = open_clip.get_tokenizer(TINY)
+    scores = []
+    with torch.no_grad():
+        for picture, prompt in zip(pictures, prompts, strict=True):
+            image = model.encode_image(preprocess(picture)[None], normalize=True)
+            text = model.encode_text(tokenize([prompt]), normalize=True)
+            scores.append(100 * (image @ text.T).item())
+    return torch.tensor(scores)
+
+
 def forget_clip(folder):
     """Undo what `write_clip` taught open_clip."""
     import open_clip

@@ -1,0 +1,250 @@
+"""DDPO of SDXL (Black et al., arXiv 2305.13301): a policy gradient on the model's own stochastic sampling paths.
+
+For every prompt:
+    SAMPLE   n latents along stochastic paths (DDIM with eta = 1, T steps), with the model as it is.
+    SCORE    reward each of them; its advantage is its reward by the mean and spread of its prompt's n.
+    TRAIN    -A log p_theta(x_(t-1) | x_t, c) on m of each path's steps.
+A step of the path is Gaussian with a mean that is linear in the model's output, so its log-density is a squared error
+with a known weight, and TRAIN is the same regression on rows as everywhere.
+Left out of the published algorithm: several updates on the same samples. Each path serves one update, so the ratio of
+importance sampling is 1 and its clipping idle. The last step of a path is deterministic and not trained on.
+
+    accelerate launch baselines/ddpo.py --pretrained_model_name_or_path=MODEL --prompts_file=prompts.txt \
+        --reward_model=clip --num_noisy_latents=8 --trajectory_nums=4 --resolution=512 --mixed_precision=fp16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from reward import REWARD_FLAGS, check_reward_flags, load_reward, reward_options
+from sharpening import flags, run_flags
+from sharpening.errors import exit_status, require
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from sharpening.selection import Selection
+    from sharpening.trajectory import Predict, Schedule
+
+PATHS = (*run_flags.PROMPTS, run_flags.NUM_NOISY_LATENTS, run_flags.TRAJECTORY_NUMS, run_flags.INFER_STEPS)
+FLAGS: flags.Groups = {**run_flags.RUN_FLAGS, "paths": PATHS, "reward": REWARD_FLAGS}
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The resolved flags of a run.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    args = run_flags.parse_run(__doc__.splitlines()[0], FLAGS, argv)
+    check_reward_flags(vars(args))
+    n, m, steps = args.num_noisy_latents, args.trajectory_nums, args.infer_steps
+    require(n >= 2, f"--num_noisy_latents is {n}, but an advantage needs 2 samples or more; raise it")
+    require(
+        m < steps,
+        f"--trajectory_nums is {m}, but a path of --infer_steps={steps} has {steps - 1} steps to train on; lower it",
+    )
+    unheeded = "--proportion_empty_prompts says nothing to DDPO, which trains on its own paths; leave it out"
+    require(not args.proportion_empty_prompts, unheeded)
+    args.train_rows = args.train_rows or max(8, n * args.train_batch_size)
+    return args
+
+
+def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
+    """Rows that one process puts through the UNet in an optimizer step, by purpose, and through the decoder: with P
+    prompts and n samples of T steps, P n T to generate and P n m to train."""
+    samples = args.train_batch_size * args.gradient_accumulation_steps * args.num_noisy_latents
+    return {"generate": samples * args.infer_steps, "train": samples * args.trajectory_nums, "decode": samples}
+
+
+def advantages(selection: Selection) -> Tensor:
+    """Each sample's reward by its prompt's own mean and standard deviation, (B, n) in [-5, 5]; 0 without a reward or
+    where all of a prompt's samples earn the same."""
+    import torch
+
+    reward, count = selection.branch_reward, selection.scored.sum(1, keepdim=True).clamp(min=1)
+    deviation = (reward - reward.nanmean(1, keepdim=True)).nan_to_num(0.0)
+    spread = (deviation.square().sum(1, keepdim=True) / count).sqrt()
+    return torch.where(selection.tied[:, None], 0, deviation / spread.clamp(min=1e-8)).clamp(-5, 5)
+
+
+class Transitions(NamedTuple):
+    """m steps of the stochastic paths of R samples, as regression problems."""
+
+    x: Tensor  # (R, m, ...) the states that were left
+    t: Tensor  # (R, m) their timesteps
+    target: Tensor  # (R, m, ...) what a model would output that expects the state reached
+    precision: Tensor  # (R, m) -log p(reached | x) = precision * mean squared error of the output + a constant
+
+
+def sample_paths(
+    predict: Predict, schedule: Schedule, x: Tensor, noises: Tensor, kept: Tensor
+) -> tuple[Tensor, Transitions]:
+    """Sample clean latents (R, ...) from noise x (R, ...) by DDIM with eta = 1, and m transitions of each row's path.
+
+    noises (R, T - 1, ...) are what the steps add; the last of the T steps is deterministic. kept (R, m) says which
+    steps of a row to return, in [0, T - 1).
+
+    The mean of a step is linear in the noise estimate e with a slope c: a step that added `spread * z` is what a model
+    would expect whose estimate is `e + spread z / c`. The log-density of the step, as a mean over elements (as in
+    DDPO), is therefore minus a squared error times `c^2 / (2 spread^2)`.
+    """
+    import torch
+
+    from sharpening.trajectory import ddim_step, stochastic_factors
+
+    transitions = []
+    *stochastic, last = schedule.timesteps.tolist()
+    for step, timestep in enumerate(stochastic):
+        t = torch.full((len(x),), timestep, device=x.device)
+        x0_hat, eps_hat = schedule.clean_and_noise(predict(x, t), x, t)
+        alpha_t, sigma_t = schedule.alpha_sigma(t, x)
+        alpha, remaining, spread = stochastic_factors(schedule, t, x)
+        slope = remaining - alpha * sigma_t / alpha_t
+        eps = eps_hat + spread * noises[:, step] / slope
+        target = schedule.target((x - sigma_t * eps) / alpha_t, eps, t)
+        # An error of the noise estimate, in units of what the model outputs.
+        unit = {"epsilon": torch.ones_like(alpha_t), "v_prediction": alpha_t, "sample": alpha_t / sigma_t}
+        precision = (slope * unit[schedule.prediction_type] / spread).square().flatten() / 2
+        transitions.append((x, t, target, precision))
+        x = ddim_step(schedule, x0_hat, eps_hat, t, noises[:, step])
+    t = torch.full((len(x),), last, device=x.device)
+    x_0 = ddim_step(schedule, *schedule.clean_and_noise(predict(x, t), x, t), t)
+    rows = torch.arange(len(x))[:, None]
+    return x_0, Transitions(*(torch.stack(part, 1)[rows, kept] for part in zip(*transitions, strict=True)))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train; returns 0 when finished.
+
+    Raises:
+        Stop: with status 1 if a reward or the loss failed, 128 + n by signal n.
+    """
+    # Imported here, so that --help and --dry_run are answered before seconds of imports.
+    from sharpening.data.prompts import load_prompts
+    from sharpening.plan import Method, Plan
+
+    # -------------------------------------------------------------------------------------------- FLAGS TO RUN
+    plan = Plan(args, FLAGS, Method("DDPO", "ddpo", "2305.13301"))
+    schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
+    starts_noised = bool((schedule.alphas_cumprod[schedule.timesteps] > 0).all())
+    remedy = "use a scheduler without rescale_betas_zero_snr"
+    require(starts_noised, f"DDPO cannot take a step from pure noise, where this model's sampling starts; {remedy}")
+    prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
+    n, m, accumulation = args.num_noisy_latents, args.trajectory_nums, args.gradient_accumulation_steps
+    facts = {"paths": f"n = {n} of {args.infer_steps} steps per prompt, m = {m} of them trained on"}
+    plan.settle(len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts)
+    if args.dry_run:
+        return 0
+
+    import torch
+
+    from sharpening import sdxl
+    from sharpening.data.encoding_cache import cache_embeddings
+    from sharpening.draws import draw_noise, draw_paths
+    from sharpening.generation import not_finite
+    from sharpening.regression import Rows
+    from sharpening.run import Run
+    from sharpening.running.curves import Means, add_rewards
+    from sharpening.selection import begin_samples, select
+
+    run = Run(plan)
+    reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
+    run.start_trackers()
+
+    # ----------------------------------------------------------------------------------------- MODELS AND DATA
+    vae, reward_decoder = run.load_decoders()
+    unet = run.load_unet()
+    parameters = sdxl.trainable_parameters(unet)
+    optimizer, lr_scheduler, ema = run.make_optimizer(unet)
+    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
+
+    encoders, unconditional = run.load_text_encoders()
+    run.validate_with(encoders, unconditional, vae, reward)
+    data = cache_embeddings(prompt_data.dataset, encode_prompts=encoders.encode, **run.cache_options())
+    del encoders
+    batches = run.batches(data)
+    shape = sdxl.latent_shape(vae, args.resolution)
+    time_ids = sdxl.default_time_ids(args.train_batch_size, args.resolution, device)
+
+    # ------------------------------------------------------------------------------------------------ TRAINING
+    means = Means(device)
+    for step in run.steps(unet):
+        for micro_batch in range(accumulation):
+            # ------------------------------------------------------------------------------------------ SAMPLE
+            batch = next(batches)
+            prompts, draws = batch["caption"], batch["draw"].tolist()
+            condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
+            condition = condition.rows(
+                torch.arange(args.train_batch_size * n) // n
+            )  # rows b * n + i are sample i of prompt b
+            denoiser = sdxl.Denoiser(unet, condition, unconditional, 1.0)
+            noise = draw_noise(args.seed, draws, n, shape).flatten(0, 1)
+            drawn = (noise, *draw_paths(args.seed, draws, n, shape, args.infer_steps, m))
+            unet.eval()
+            with torch.no_grad(), run.phase("generation"), accelerator.autocast():
+                parts = [
+                    sample_paths(denoiser.rows(i).predict, schedule, *(part[i].to(device) for part in drawn))
+                    for i in torch.arange(len(noise)).split(args.generation_batch_size)
+                ]
+            x_0 = torch.cat([part[0] for part in parts])  # (B * n, 4, h, w)
+            path = Transitions(*map(torch.cat, zip(*(part[1] for part in parts), strict=True)))
+            run.stop_if(not_finite(x_0, step))
+
+            # ------------------------------------------------------------------------------------------- SCORE
+            def judge(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
+                decoded = sdxl.decode_latents(reward_decoder, latents, args.decode_batch_size)
+                return reward.begin(decoded, [prompts[row // n] for row in rows])
+
+            with run.together(step):
+                scores = begin_samples(judge, x_0, args.score_batch_size)()
+            selection = select(scores.rewards, scores.active, n)
+            advantage = advantages(selection).flatten().to(device)  # (B * n,)
+            add_rewards(means, scores, selection)
+
+            # ------------------------------------------------------------------------------------------- TRAIN
+            unet.train()
+            loss = torch.zeros((), device=device)
+            weight = advantage[:, None] * path.precision / (m * len(advantage))  # (B * n, m)
+            of_rows = condition.rows(torch.arange(len(advantage)).repeat_interleave(m))
+            x, t, target = (part.flatten(0, 1) for part in path[:3])
+            slices = Rows(x, t, of_rows, target, weight.flatten()).split(args.train_rows)
+            for index, rows in enumerate(slices, 1):
+                with run.exchange(model, micro_batch == accumulation - 1 and index == len(slices)):
+                    part = rows.loss(sdxl.predict_output(model, rows.x, rows.t, rows.condition))
+                    accelerator.backward(part / accumulation)
+                loss = loss + part.detach()
+            means.add("loss", loss)
+
+        # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
+        metrics = means.reduce(accelerator)
+        metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+        metrics["lr"] = lr_scheduler.get_last_lr()[0]
+        run.stop_if_diverged(step, metrics)
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+            if ema is not None:
+                ema.step(parameters)
+        optimizer.zero_grad()
+        metrics |= run.speed("generation")
+        run.log_branches(step, x_0, best=selection.best_rows, worst=selection.worst_rows)
+        run.end_step(step, metrics, unet, ema)
+
+    # ---------------------------------------------------------------------------------------------------- SAVE
+    run.finish(unet, ema)
+    return 0
+
+
+def cli(argv: Sequence[str]) -> int:
+    """`main` on a command line; a `UserError` becomes one sentence on stderr and status 2."""
+    return exit_status(lambda: main(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv[1:]))
