@@ -429,12 +429,13 @@ class Run:
         publishing.replace_result(partial, self.output_dir)
 
     def close(self) -> None:
-        """End trackers and the process group; every rank must call it.
+        """Close the progress bar, end trackers and the process group; every rank must call it.
 
         The group is destroyed under the interpreter's lock, which gloo's workers need once more to release the tensors
         of a gather: destroyed before, it hangs. Nothing tells that they have; asleep we hold no lock, and a worker
         that gets a core within that time is done.
         """
+        self._log.progress.close()
         self.accelerator.wait_for_everyone()
         if self.plan.world_size > 1 and "gloo" in torch.distributed.get_backend():
             time.sleep(SECONDS_TO_RELEASE)
