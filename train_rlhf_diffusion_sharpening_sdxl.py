@@ -90,8 +90,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         args.latents_per_prompt == "n" or needs == "branch_noise=fresh",
         f"--{needs} needs branches that start from different latents; add --latents_per_prompt=n",
     )
-    # As many rows as one step of the batch's pairs has, or 4 where that is less.
-    args.train_rows = args.train_rows or max(4, 2 * args.train_batch_size)
+    # As many rows as one step of the batch's pairs has, or 8 where that is less.
+    args.train_rows = args.train_rows or max(8, 2 * args.train_batch_size)
     return args
 
 

@@ -40,8 +40,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """
     args = parse_run(__doc__.splitlines()[0], FLAGS, argv)
     check_reward_flags(vars(args))
-    # As many rows as one step of the batch's branches has, or 4 where that is less.
-    args.train_rows = args.train_rows or max(4, args.train_batch_size)
+    # As many rows as one step of the batch's branches has, or 8 where that is less.
+    args.train_rows = args.train_rows or max(8, args.train_batch_size)
     return args
 
 

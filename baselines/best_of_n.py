@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     n = args.num_noisy_latents
     require(n >= 2, f"--num_noisy_latents is {n}, but the best of fewer than 2 samples is no choice; raise it")
     require(args.sets == 1 or args.samples_of == "base", "--sets are of the base's samples; add --samples_of=base")
-    args.train_rows = args.train_rows or max(4, args.train_batch_size)
+    args.train_rows = args.train_rows or max(8, args.train_batch_size)
     return args
 
 

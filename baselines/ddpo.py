@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     unheeded = "--proportion_empty_prompts says nothing to DDPO, which trains on its own paths; leave it out"
     require(not args.proportion_empty_prompts, unheeded)
-    args.train_rows = args.train_rows or max(4, n * args.train_batch_size)
+    args.train_rows = args.train_rows or max(8, n * args.train_batch_size)
     return args
 
 

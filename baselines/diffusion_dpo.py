@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     require(
         steps is None or args.rounds <= steps, f"--rounds is {args.rounds}, but --max_train_steps is {steps}; lower it"
     )
-    args.train_rows = args.train_rows or max(4, 2 * args.train_batch_size)
+    args.train_rows = args.train_rows or max(8, 2 * args.train_batch_size)
     require(args.train_rows >= 2, f"--train_rows is {args.train_rows}, but a pair has 2 rows; raise it")
     return args
 

@@ -102,7 +102,7 @@ BATCHES = (
     Flag("decode_batch_size", "latents per VAE decode", int, 4, "[1, inf)", free=True),
     Flag(
         "train_rows",
-        "rows per forward and backward when training; memory grows with it and with nothing else; unset: 4, or as "
+        "rows per forward and backward when training; memory grows with it and with nothing else; unset: 8, or as "
         "many as the batch has in one step of its branches",
         int,
         range="[1, inf)",

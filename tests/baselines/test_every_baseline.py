@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sharpening import model_source
 from tests.baselines import literal
-from tests.support.runs import ROOT, SCRIPTS, metrics, same_files, same_tensors
+from tests.support.runs import ROOT, metrics, same_files, same_tensors
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -142,31 +142,34 @@ def test_own_samples_are_in_the_plan_of_every_step(train, flags, capsys):
     assert plan["decodes per step"] == "40, per process" and "reference" not in plan["memory held"]
 
 
-def imports_nothing(method, statement, forbidden):
-    """Whether a statement about the module `script` imports none of some modules, in a process of its own."""
-    name = SCRIPTS[method].removesuffix(".py").replace("/", ".")
-    code = f"import sys\nfrom importlib import import_module\nscript = import_module({name!r})\n{statement}\n"
-    code += f"assert not {forbidden!r} & set(sys.modules), {forbidden!r} & set(sys.modules)"
+def run_alone(code):
+    """Run some lines of Python in a process of their own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-def test_help_lists_every_flag_without_importing_torch(method, script):
-    statement = (
+def test_help_lists_every_flag_without_importing_torch(script):
+    result = run_alone(
+        f"import sys, {script.__name__} as script\n"
         "try:\n    script.cli(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "else:\n    raise AssertionError('no help')"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )
-    result = imports_nothing(method, statement, {"torch", "diffusers", "transformers"})
     assert result.returncode == 0, result.stderr
     for flags in script.FLAGS.values():
         for flag in flags:
             assert f"--{flag.name}" in result.stdout
 
 
-def test_dry_run_does_not_wait_for_the_models_code_to_be_imported(method, flags):
-    statement = f"assert script.cli({flags(dry_run=True, use_lora=True)!r}) == 0"
-    result = imports_nothing(method, statement, {"diffusers.models", "peft", "bitsandbytes"})
+@pytest.mark.parametrize("method", ["DPO"])
+def test_dry_runs_do_not_wait_for_the_models_code_to_be_imported(flags):
+    """All of them in one process, whose imports take longest."""
+    result = run_alone(
+        "import sys\nfrom baselines import best_of_n, ddpo, diffusion_dpo\n"
+        f"for script in (diffusion_dpo, best_of_n, ddpo):\n    assert script.cli({flags(dry_run=True)!r}) == 0\n"
+        "assert not {'diffusers.models', 'peft', 'bitsandbytes'} & set(sys.modules)"
+    )
     assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("memory held") == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ resume

@@ -9,7 +9,7 @@ import pytest
 from tests.support.runs import ROOT
 
 ENTRY_POINTS = ("baselines", "study", "benchmarks", "scripts")
-FOLDERS = ("sharpening", "mllm_template", "tiny_world", *ENTRY_POINTS)
+FOLDERS = ("sharpening", "mllm_template", "tiny_world", *ENTRY_POINTS, "tests")
 
 
 def module_names(root):
@@ -88,9 +88,15 @@ def test_package_imports_neither_the_catalogue_nor_a_script(graph):
     assert {name: imports for name, imports in found.items() if imports} == {}
 
 
-def test_training_scripts_are_imported_by_benchmarks_and_study_alone(graph):
+def test_training_scripts_are_imported_by_benchmarks_study_and_tests_alone(graph):
     importing = {name for name in graph if graph[name] & training_scripts(graph)}
-    assert importing <= in_folders(graph, "benchmarks", "study")
+    assert importing <= in_folders(graph, "benchmarks", "study", "tests")
+
+
+def test_tests_are_imported_by_tests_alone(graph):
+    """An installed project has none."""
+    importing = {name for name in graph if graph[name] & in_folders(graph, "tests")}
+    assert importing <= in_folders(graph, "tests")
 
 
 @pytest.mark.parametrize(

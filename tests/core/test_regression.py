@@ -7,7 +7,7 @@ import torch
 
 from sharpening.regression import Regression, masked_mean, squared_error
 from sharpening.sdxl import Condition
-from sharpening.trajectory import Branches, Model, Schedule, walk_states
+from sharpening.trajectory import Branches, Model, Schedule, walk_path
 from tests.support.objective import SDXL
 
 
@@ -27,7 +27,7 @@ def test_branch_targets_agree_at_the_first_step_and_part_after():
     schedule = Schedule.from_config(SDXL, 25)
     x_0, eps, t = torch.randn(2, 4), torch.randn(2, 4), torch.tensor([800, 300])
     branches = Branches.begin(schedule, x_0, eps, t)
-    path = walk_states(lambda rows: Model(lambda x, t: torch.tanh(x)), schedule, branches, 2, 2)
+    path = walk_path(lambda rows: Model(lambda x, t: torch.tanh(x)), schedule, branches, 2, 2, outputs=False)
     noise, consistent = (Regression(schedule, kind).targets(branches, path) for kind in ("noise", "consistent"))
     torch.testing.assert_close(noise[:, 0], consistent[:, 0], rtol=1e-4, atol=1e-4)
     assert torch.equal(noise[:, 1], eps)
@@ -40,7 +40,7 @@ def test_branch_targets_agree_at_the_first_step_and_part_after():
 def test_target_of_a_sample_model_is_the_clean_latent():
     schedule = Schedule.from_config(SDXL, 25, "sample")
     branches = Branches.begin(schedule, torch.full((1, 1), 7.0), torch.ones(1, 1), torch.tensor([500]))
-    path = walk_states(lambda rows: Model(lambda x, t: x), schedule, branches, 2, 1)
+    path = walk_path(lambda rows: Model(lambda x, t: x), schedule, branches, 2, 1, outputs=False)
     assert torch.equal(Regression(schedule).targets(branches, path), torch.full((1, 2, 1), 7.0))
 
 
@@ -62,7 +62,9 @@ def branches(regression):
 
 @pytest.fixture
 def path(regression, branches):
-    return walk_states(lambda rows: Model(lambda x, t: torch.tanh(x)), regression.schedule, branches, 3, 2)
+    return walk_path(
+        lambda rows: Model(lambda x, t: torch.tanh(x)), regression.schedule, branches, 3, 2, outputs=False
+    )
 
 
 def test_rows_are_the_active_states_with_their_branch_and_give_the_weighted_errors(regression, branches, path):

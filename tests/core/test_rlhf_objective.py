@@ -10,7 +10,7 @@ from benchmarks.memory import LiveMemory
 from sharpening import sdxl
 from sharpening.regression import Regression
 from sharpening.selection import begin_samples, score_branches, select
-from sharpening.trajectory import Branches, Schedule, outputs_through_sampler, walk_states
+from sharpening.trajectory import Branches, Schedule, outputs_through_sampler, walk_path
 from tests.support.objective import (
     ConvolutionalDenoiser,
     denoiser,
@@ -80,22 +80,22 @@ def train(unet, reference, condition, regression, x_0, eps, t, n, m, swapped=Fal
     best_and_worst = [selection.best_rows, selection.worst_rows]
     rows = torch.stack(best_and_worst[::-1] if swapped else best_and_worst, 1).flatten()
     rewards = selection.branch_reward.flatten()[rows].view(-1, 2).to(x_0.dtype)
-    pairs, of_pairs = branches.rows(rows), of_branches.rows(rows)
+    pairs, of_pairs, at_once = branches.rows(rows), of_branches.rows(rows), one_forward_trains(args)
     if args.reward_on == "trajectory":
         path = path.rows(rows)
     else:
-        path = walk_states(denoiser(unet, of_pairs).rows, schedule, pairs, m, args.score_batch_size)
+        walking = denoiser(unet, of_pairs)
+        path = walk_path(walking.rows, schedule, pairs, m, args.score_batch_size, outputs=not at_once)
     measured = path if args.reference_steps == "all" else path.first(1)
     with torch.no_grad():
         reference_output = sdxl.predict_along(reference, measured, of_pairs, args.train_rows)
     reference_errors = regression.errors(pairs, measured, reference_output)
     unet.zero_grad(set_to_none=False)
-    at_once = one_forward_trains(args)
     with torch.set_grad_enabled(at_once):
         if args.backprop_through_sampler:
             output = outputs_through_sampler(denoiser(unet, of_pairs).model(), schedule, pairs, m)
         elif path.output is None:
-            output = sdxl.predict_along(unet, path, of_pairs, args.train_rows)
+            output = sdxl.predict_along(unet, path, of_pairs)
         else:
             output = path.output
         errors = regression.errors(pairs, path, output)

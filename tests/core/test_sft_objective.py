@@ -8,7 +8,7 @@ from benchmarks.memory import LiveMemory
 from sharpening import sdxl
 from sharpening.regression import Regression
 from sharpening.selection import score_branches, select
-from sharpening.trajectory import Branches, Path, Schedule, outputs_through_sampler, walk_states
+from sharpening.trajectory import Branches, Path, Schedule, outputs_through_sampler, walk_path
 from tests.support.objective import (
     ConvolutionalDenoiser,
     default_dtype,
@@ -61,7 +61,7 @@ def train(
     walking = denoiser(unet, condition.rows(torch.arange(len(t)) // n))
     best, usable = torch.arange(prompts), torch.ones(prompts, dtype=torch.bool)
     if n == 1:
-        path = walk_states(walking.rows, schedule, branches, m, batch_size)
+        path = walk_path(walking.rows, schedule, branches, m, batch_size, outputs=False)
     else:
         scores, path = score_branches(walking.rows, judge, schedule, branches, m, batch_size)
         selection = select(scores.rewards, scores.active, n)
@@ -146,7 +146,7 @@ def test_prompt_without_any_score_carries_no_gradient(pipeline):
     unet, condition, x_0, eps, t = problem(pipeline, 2, 1, torch.float32, torch.tensor([400, 900]))
     regression = Regression(Schedule.from_config(pipeline.scheduler.config, 25))
     branches = Branches.begin(regression.schedule, x_0, eps, t)
-    path = walk_states(denoiser(unet, condition).rows, regression.schedule, branches, m, 2)
+    path = walk_path(denoiser(unet, condition).rows, regression.schedule, branches, m, 2, outputs=False)
 
     def gradient_of(count, usable):
         rows = torch.arange(count)
@@ -232,7 +232,7 @@ def test_inactive_steps_are_no_rows(pipeline):
     unet, condition, x_0, eps, t = problem(pipeline, 2, 1, torch.float32)  # the first ends after one step of three
     regression = Regression(Schedule.from_config(pipeline.scheduler.config, 25))
     branches = Branches.begin(regression.schedule, x_0, eps, t)
-    path = walk_states(denoiser(unet, condition).rows, regression.schedule, branches, 3, 2)
+    path = walk_path(denoiser(unet, condition).rows, regression.schedule, branches, 3, 2, outputs=False)
     assert path.active.tolist() == [[True, False, False], [True, True, True]]
     spoiled = Path(path.x.masked_fill(~path.active[..., None, None, None], torch.nan), path.t, path.active)
     weights = sft_weights(path.active, torch.ones(2, dtype=torch.bool))

@@ -15,7 +15,7 @@ from sharpening.trajectory import (
     generate,
     outputs_through_sampler,
     walk,
-    walk_states,
+    walk_path,
 )
 from tests.support.objective import SDXL
 
@@ -144,7 +144,7 @@ def test_guidance_extrapolates_from_the_unconditional_output():
     assert guide(torch.ones(2), torch.ones(2), torch.zeros(2)).tolist() == [5.0, 5.0]
 
 
-def walked(steps, batch_size=2):
+def walked(steps, batch_size=2, outputs=False):
     """The states of branches that end early, late and not at all, and the branches and model they came from."""
     schedule, generator = Schedule.from_config(SDXL, 25), torch.Generator().manual_seed(0)
     x_0, eps = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
@@ -155,7 +155,8 @@ def walked(steps, batch_size=2):
     def model_of(rows):
         return Model(lambda x, t: seen.append(len(x)) or torch.tanh(scale[rows] * x))
 
-    return walk_states(model_of, schedule, branches, steps, batch_size), branches, schedule, model_of, seen
+    path = walk_path(model_of, schedule, branches, steps, batch_size, outputs)
+    return path, branches, schedule, model_of, seen
 
 
 def test_branches_begin_at_their_noisy_latents_and_rows_keep_together():
@@ -181,6 +182,18 @@ def test_states_are_those_of_the_walk_and_the_last_costs_no_forward(batch_size):
             assert path.active[row, k] == point.active and path.t[row, k] == point.t
             if point.active:
                 torch.testing.assert_close(path.x[row, k], point.x[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_with_outputs_the_last_state_costs_a_forward_too_and_all_are_kept(steps):
+    path, _, _, model_of, seen = walked(steps, outputs=True)
+    assert sum(seen) == 5 * steps
+    without = walked(steps)[0]
+    assert torch.equal(path.active, without.active)
+    assert torch.equal(path.x[path.active], without.x[path.active])
+    for row in range(5):
+        output = model_of(torch.tensor([row])).predict(path.x[row], path.t[row])
+        torch.testing.assert_close(path.output[row], output, rtol=1e-12, atol=1e-12)
 
 
 def test_states_of_one_step_need_no_model():
