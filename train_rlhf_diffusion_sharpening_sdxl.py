@@ -9,7 +9,7 @@ For every prompt:
     COMPARE   the model's errors with those of a frozen reference along both branches: the preference loss (eq. 11).
     TRAIN     on the states that the pair went through; the loss has given each of their errors its weight by now.
 States along a branch are data and the loss sees the model through its errors alone, so its gradient is a weighted sum
-over rows, taken in slices of `--train_rows`: peak memory grows neither with n nor with m.
+over rows, taken in slices of `--train_rows`: peak memory is that of a slice, whatever n and m.
 
     accelerate launch train_rlhf_diffusion_sharpening_sdxl.py --pretrained_model_name_or_path=MODEL \
         --prompts_file=prompts.txt --reward_model=clip --resolution=512 --train_batch_size=1 --mixed_precision=fp16
@@ -44,7 +44,7 @@ GENERATION = (
         "of the branches: noise of their own (paper), one noise for all of a prompt, as Diffusion-DPO has it, or that "
         "which their latents came from (released)",
         choices=("fresh", "shared", "generation"), presets={"paper": "fresh", "released": "generation"},
-        spellings={"--share_noise_in_pair": "shared", "--no-share_noise_in_pair": None},
+        switch=("share_noise_in_pair", "shared"),
     ),
 )  # fmt: skip
 PREFERENCE = (
@@ -90,8 +90,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         args.latents_per_prompt == "n" or needs == "branch_noise=fresh",
         f"--{needs} needs branches that start from different latents; add --latents_per_prompt=n",
     )
-    # As many rows as one step of the batch's pairs has, or 4 where that is less.
-    args.train_rows = args.train_rows or max(4, 2 * args.train_batch_size)
+    # As many rows as one step of the batch's pairs has, or 8 where that is less.
+    args.train_rows = args.train_rows or max(8, 2 * args.train_batch_size)
     return args
 
 
@@ -106,8 +106,8 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
     """Rows that one process puts through the UNet in an optimizer step, by purpose, and through the decoder.
 
     With P prompts, n branches of m steps, L latents per prompt of T sampling steps that serve k updates, and 2 rows
-    where guidance is used: P L T / k to generate; P n m to score, or 2 P (m - 1) to reach the pairs' states if samples
-    are judged, and then 2 P m to compare unless one forward does; 2 P m for the reference, or 2 P on first steps only;
+    where guidance is used: P L T / k to generate; P n m to score or, if samples are judged, 2 P m to walk the pairs,
+    2 P (m - 1) where the last output comes with its gradient; 2 P m for the reference, or 2 P on first steps only;
     2 P m to train. Branches that end early, below t = 0, cost less.
     """
     prompts = args.train_batch_size * args.gradient_accumulation_steps
@@ -117,8 +117,7 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
     along_branches = args.reward_on == "trajectory"
     return {
         "generate": latents * args.infer_steps * (1 if args.guidance_scale == 1 else 2),
-        "score": prompts * (n * m if along_branches else 2 * (m - 1)) * guided,
-        "compare": 0 if along_branches or one_forward_trains(args) else 2 * prompts * m,
+        "score": prompts * (n * m if along_branches else 2 * (m - 1 if one_forward_trains(args) else m)) * guided,
         "reference": 2 * prompts * (m if args.reference_steps == "all" else 1),
         "train": 2 * prompts * m * (guided if args.backprop_through_sampler else 1),
         "decode": prompts * n * m if along_branches else latents,
@@ -172,18 +171,19 @@ def main(args: argparse.Namespace) -> int:
     # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
     # of diffusers' models.
     from sharpening.data.prompts import load_prompts
-    from sharpening.plan import Plan
+    from sharpening.plan import Method, Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
-    plan = Plan(args, FLAGS, "RLHF Diffusion-Sharpening")
+    plan = Plan(args, FLAGS, Method("RLHF Diffusion-Sharpening", "diffusion-sharpening", "2502.12146"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
     prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
     n, m, batch_size = args.num_noisy_latents, args.trajectory_nums, args.train_batch_size
     latents_per_prompt = n if args.latents_per_prompt == "n" else 1
     accumulation, reuse, guidance = args.gradient_accumulation_steps, args.generation_reuse, args.branch_guidance_scale
-    setting = f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)"
-    data = len(prompt_data.dataset), prompt_data.description
-    plan.settle(*data, rows_per_step(args), {"preset": setting}, reuse, frozen=not args.use_lora)
+    facts = {"preset": f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)"}
+    plan.settle(
+        len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, reuse, frozen=not args.use_lora
+    )
     if args.dry_run:
         return 0
 
@@ -197,7 +197,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_divergence, add_preference, add_rewards
     from sharpening.selection import begin_samples, score_branches, select
-    from sharpening.trajectory import Branches, outputs_through_sampler, walk_states
+    from sharpening.trajectory import Branches, outputs_through_sampler, walk_path
 
     run = Run(plan)
     reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
@@ -213,7 +213,8 @@ def main(args: argparse.Namespace) -> int:
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, generations.made)
     regression = Regression(schedule, args.branch_target, args.snr_gamma)
 
-    encoders, unconditional = run.load_text_encoders(vae, reward)
+    encoders, unconditional = run.load_text_encoders()
+    run.validate_with(encoders, unconditional, vae, reward)
     data = cache_embeddings(prompt_data.dataset, encode_prompts=encoders.encode, **run.cache_options())
     del encoders
     batches, draws = run.batches(data, reuse), run.draws()
@@ -280,24 +281,23 @@ def main(args: argparse.Namespace) -> int:
             add_rewards(means, scores, selection, t, schedule.num_train_timesteps)
 
             # ----------------------------------------------------------------------------------------- COMPARE
-            pairs, of_pairs = branches.rows(rows), condition.rows(rows)
+            pairs, of_pairs, at_once = branches.rows(rows), condition.rows(rows), one_forward_trains(args)
             if args.reward_on == "trajectory":
                 path = path.rows(rows)
             else:
                 walking = sdxl.Denoiser(unet, of_pairs, unconditional, guidance)
-                path = walk_states(walking.rows, schedule, pairs, m, args.score_batch_size)
+                path = walk_path(walking.rows, schedule, pairs, m, args.score_batch_size, outputs=not at_once)
             measured = path if args.reference_steps == "all" else path.first(1)
             with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
                 reference_output = sdxl.predict_along(frozen, measured, of_pairs, args.train_rows)
             reference_errors = regression.errors(pairs, measured, reference_output)  # (2 B, m)
             unet.train()
-            at_once = one_forward_trains(args)
             with run.exchange(model, last) if at_once else torch.no_grad():
                 if args.backprop_through_sampler:
                     walking = sdxl.Denoiser(model, of_pairs, unconditional, guidance)
                     output = outputs_through_sampler(walking.model(), schedule, pairs, m)
                 elif path.output is None:
-                    output = sdxl.predict_along(model if at_once else unet, path, of_pairs, args.train_rows)
+                    output = sdxl.predict_along(model, path, of_pairs)
                 else:
                     output = path.output  # (2 B, m, 4, h, w)
                 errors = regression.errors(pairs, path, output)  # (2 B, m)

@@ -6,8 +6,8 @@ For every image-text pair:
     SELECT  the branch with the largest summed reward (eq. 8), prompt by prompt.
     TRAIN   regress to that branch's noise on the m states that it went through (eq. 9).
 States along a branch are data, so they are trained on as rows, in slices of `--train_rows`: the gradient is that of
-the whole loss, and peak memory grows neither with n nor with m. With n = 1 there is nothing to select and nothing is
-judged; n = m = 1 is standard fine-tuning.
+the whole loss, and peak memory is that of a slice, whatever n and m. With n = 1 there is nothing to select and nothing
+is judged; n = m = 1 is standard fine-tuning.
 
     accelerate launch train_sft_diffusion_sharpening_sdxl.py --pretrained_model_name_or_path=MODEL \
         --dataset_name=DATA --reward_model=clip --resolution=512 --train_batch_size=1 --mixed_precision=fp16
@@ -40,8 +40,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """
     args = parse_run(__doc__.splitlines()[0], FLAGS, argv)
     check_reward_flags(vars(args))
-    # As many rows as one step of the batch's branches has, or 4 where that is less.
-    args.train_rows = args.train_rows or max(4, args.train_batch_size)
+    # As many rows as one step of the batch's branches has, or 8 where that is less.
+    args.train_rows = args.train_rows or max(8, args.train_batch_size)
     return args
 
 
@@ -68,7 +68,7 @@ def sft_weights(active: Tensor, usable: Tensor) -> Tensor:
     active (B, m) bool: a branch's steps; usable (B,) bool: a prompt without any score teaches nothing, and counts in
     the divisor.
     """
-    return (active & usable[:, None]).float() / active.sum(1, keepdim=True) / len(active)
+    return (active & usable[:, None]) / active.sum(1, keepdim=True) / len(active)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -80,17 +80,17 @@ def main(args: argparse.Namespace) -> int:
     # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
     # of diffusers' models.
     from sharpening.data.captioned_images import load_captioned_images
-    from sharpening.plan import Plan
+    from sharpening.plan import Method, Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
-    plan = Plan(args, FLAGS, "SFT Diffusion-Sharpening")
+    plan = Plan(args, FLAGS, Method("SFT Diffusion-Sharpening", "diffusion-sharpening", "2502.12146"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
     images = load_captioned_images(image_column=args.image_column, **plan.data_options())
     n, m, batch_size = args.num_noisy_latents, args.trajectory_nums, args.train_batch_size
     accumulation, guidance_scale = args.gradient_accumulation_steps, args.branch_guidance_scale
-    setting = f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)"
-    data = len(images), f"{len(images)} rows of {args.dataset_name or args.train_data_dir}"
-    plan.settle(*data, rows_per_step(args), {"preset": setting})
+    facts = {"preset": f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)"}
+    described = f"{len(images)} rows of {args.dataset_name or args.train_data_dir}"
+    plan.settle(len(images), described, rows_per_step(args), facts)
     if args.dry_run:
         return 0
 
@@ -102,10 +102,12 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_rewards
     from sharpening.selection import score_branches, select
-    from sharpening.trajectory import Branches, outputs_through_sampler, walk_states
+    from sharpening.trajectory import Branches, outputs_through_sampler, walk_path
 
     run = Run(plan)
-    reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
+    reward = None  # one branch needs none
+    if n > 1 or run.validation_prompts:
+        reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
     run.start_trackers()
 
     # ----------------------------------------------------------------------------------------- MODELS AND DATA
@@ -116,7 +118,8 @@ def main(args: argparse.Namespace) -> int:
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
     regression = Regression(schedule, args.branch_target, args.snr_gamma)
 
-    encoders, unconditional = run.load_text_encoders(vae, reward)
+    encoders, unconditional = run.load_text_encoders()
+    run.validate_with(encoders, unconditional, vae, reward)
     data = cache_latents_and_embeddings(
         images,
         image_column=args.image_column,
@@ -154,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
             walking = sdxl.Denoiser(unet, of_branches, unconditional, guidance_scale)
             best, usable = torch.arange(batch_size), torch.ones(batch_size, dtype=torch.bool)  # (B,) rows; bool
             if n == 1:
-                path = walk_states(walking.rows, schedule, branches, m, args.score_batch_size)
+                path = walk_path(walking.rows, schedule, branches, m, args.score_batch_size, outputs=False)
             else:
                 with run.together(step):
                     scores, path = score_branches(walking.rows, judge, schedule, branches, m, args.score_batch_size)

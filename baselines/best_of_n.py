@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     n = args.num_noisy_latents
     require(n >= 2, f"--num_noisy_latents is {n}, but the best of fewer than 2 samples is no choice; raise it")
     require(args.sets == 1 or args.samples_of == "base", "--sets are of the base's samples; add --samples_of=base")
-    args.train_rows = args.train_rows or max(4, args.train_batch_size)
+    args.train_rows = args.train_rows or max(8, args.train_batch_size)
     return args
 
 
@@ -84,10 +84,10 @@ def main(args: argparse.Namespace) -> int:
     # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
     # of diffusers' models.
     from sharpening.data.prompts import load_prompts
-    from sharpening.plan import Plan
+    from sharpening.plan import Method, Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
-    plan = Plan(args, FLAGS, f"best-of-n fine-tuning, samples of {args.samples_of}")
+    plan = Plan(args, FLAGS, Method("best-of-n fine-tuning", "best-of-n", "2502.12146"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
     prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
     n, batch_size, accumulation = args.num_noisy_latents, args.train_batch_size, args.gradient_accumulation_steps
@@ -96,8 +96,8 @@ def main(args: argparse.Namespace) -> int:
     facts = {"samples": f"best of n = {n}, of {args.samples_of}"}
     if of_base:
         facts["drawn once"] = f"{before['generate']:g} rows to generate, {before['decode']:g} decodes, in all"
-    data = len(prompt_data.dataset), prompt_data.description
-    plan.settle(*data, rows_per_step(args), facts, frozen=of_base and not args.use_lora)
+    frozen = of_base and not args.use_lora
+    plan.settle(len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, frozen=frozen)
     if args.dry_run:
         return 0
 
@@ -126,7 +126,8 @@ def main(args: argparse.Namespace) -> int:
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
     regression = Regression(schedule, snr_gamma=args.snr_gamma)
 
-    encoders, unconditional = run.load_text_encoders(vae, reward)
+    encoders, unconditional = run.load_text_encoders()
+    run.validate_with(encoders, unconditional, vae, reward)
     data = cache_embeddings(prompt_data.dataset, encode_prompts=encoders.encode, **run.cache_options())
     del encoders
     batches, draws = run.batches(data), run.draws()
@@ -158,18 +159,15 @@ def main(args: argparse.Namespace) -> int:
             run.stop_if(not_finite(x_0, step))
 
             # ------------------------------------------------------------------------------------------- SCORE
-            def judge(latents: Tensor, prompts: list[str]) -> Callable[[], tuple]:
+            def judge(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
                 decoded = sdxl.decode_latents(reward_decoder, latents.to(device), args.decode_batch_size)
-                return reward.begin(decoded, prompts)
-
-            def judge_rows(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
-                return judge(latents, [prompts[row // n] for row in rows])
+                return reward.begin(decoded, [prompts[row // n] for row in rows])
 
             with run.together(step):
                 if base is None:
-                    scores = begin_samples(judge_rows, x_0, args.score_batch_size)()
+                    scores = begin_samples(judge, x_0, args.score_batch_size)()
                 else:
-                    kept.judge(keys, prompts, judge, args.score_batch_size)
+                    kept.judge(keys, judge, args.score_batch_size)
                     scores = kept.scores(keys)
 
             # ------------------------------------------------------------------------------------------ SELECT

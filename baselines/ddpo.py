@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     unheeded = "--proportion_empty_prompts says nothing to DDPO, which trains on its own paths; leave it out"
     require(not args.proportion_empty_prompts, unheeded)
-    args.train_rows = args.train_rows or max(4, n * args.train_batch_size)
+    args.train_rows = args.train_rows or max(8, n * args.train_batch_size)
     return args
 
 
@@ -127,10 +127,10 @@ def main(args: argparse.Namespace) -> int:
     """
     # Imported here, so that --help and --dry_run are answered before seconds of imports.
     from sharpening.data.prompts import load_prompts
-    from sharpening.plan import Plan
+    from sharpening.plan import Method, Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
-    plan = Plan(args, FLAGS, "DDPO")
+    plan = Plan(args, FLAGS, Method("DDPO", "ddpo", "2305.13301"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
     starts_noised = bool((schedule.alphas_cumprod[schedule.timesteps] > 0).all())
     remedy = "use a scheduler without rescale_betas_zero_snr"
@@ -164,7 +164,8 @@ def main(args: argparse.Namespace) -> int:
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
 
-    encoders, unconditional = run.load_text_encoders(vae, reward)
+    encoders, unconditional = run.load_text_encoders()
+    run.validate_with(encoders, unconditional, vae, reward)
     data = cache_embeddings(prompt_data.dataset, encode_prompts=encoders.encode, **run.cache_options())
     del encoders
     batches = run.batches(data)

@@ -54,12 +54,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """
     args = run_flags.parse_run(__doc__.splitlines()[0], FLAGS, argv)
     check_reward_flags(vars(args))
-    n, steps = args.num_noisy_latents, args.max_train_steps
+    n = args.num_noisy_latents
     require(n >= 2, f"--num_noisy_latents is {n}, but a pair needs 2 samples or more; raise it")
-    require(
-        steps is None or args.rounds <= steps, f"--rounds is {args.rounds}, but --max_train_steps is {steps}; lower it"
-    )
-    args.train_rows = args.train_rows or max(4, 2 * args.train_batch_size)
+    args.train_rows = args.train_rows or max(8, 2 * args.train_batch_size)
     require(args.train_rows >= 2, f"--train_rows is {args.train_rows}, but a pair has 2 rows; raise it")
     return args
 
@@ -100,10 +97,10 @@ def main(args: argparse.Namespace) -> int:
     # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
     # of diffusers' models.
     from sharpening.data.prompts import load_prompts
-    from sharpening.plan import Plan
+    from sharpening.plan import Method, Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
-    plan = Plan(args, FLAGS, "Diffusion-DPO")
+    plan = Plan(args, FLAGS, Method("Diffusion-DPO", "diffusion-dpo", "2311.12908"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
     prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
     n, batch_size, accumulation = args.num_noisy_latents, args.train_batch_size, args.gradient_accumulation_steps
@@ -112,12 +109,12 @@ def main(args: argparse.Namespace) -> int:
         "pairs": f"best and worst of n = {n} samples, {args.sets} sets per prompt, {args.rounds} rounds",
         "drawn once": f"{before['generate']:g} rows to generate, {before['decode']:g} decodes, in all",
     }
-    data = len(prompt_data.dataset), prompt_data.description
-    plan.settle(*data, rows_per_step(args), facts, frozen=not args.use_lora)
+    frozen = not args.use_lora
+    plan.settle(len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, frozen=frozen)
+    rounds, steps = args.rounds, plan.num_steps
+    require(rounds <= steps, f"--rounds is {rounds}, but the run has only {steps} optimizer steps; lower it")
     if args.dry_run:
         return 0
-
-    import math
 
     import torch
 
@@ -140,34 +137,35 @@ def main(args: argparse.Namespace) -> int:
     reference = run.load_reference(unet)
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet, args.rounds)
-    of_round: list[dict] = []  # the reference of this round, once it is no longer the base
-    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, of_round)
-    if of_round:
-        reference.load(of_round[0]["reference"])
+    of_round = {"steps": steps}  # of the whole run; and the reference of this round, once it is not the base
+    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, shared=of_round)
+    require(
+        rounds == 1 or of_round["steps"] == steps,
+        f"--max_train_steps is {steps}, but the rounds of this checkpoint are parts of {of_round['steps']} steps; "
+        "give as many, or start a new run",
+    )
+    if "reference" in of_round:
+        reference.load(of_round["reference"])
     regression = Regression(schedule, snr_gamma=args.snr_gamma)
 
-    encoders, unconditional = run.load_text_encoders(vae, reward)
+    encoders, unconditional = run.load_text_encoders()
+    run.validate_with(encoders, unconditional, vae, reward)
     data = cache_embeddings(prompt_data.dataset, encode_prompts=encoders.encode, **run.cache_options())
     del encoders
     batches, draws = run.batches(data), run.draws()
     shape = sdxl.latent_shape(vae, args.resolution)
     samples = SampleSets(args.sets, len(data), n, shape, args.seed)
     time_ids = sdxl.default_time_ids(batch_size, args.resolution, device)
-    steps_per_round = math.ceil(plan.num_steps / args.rounds)
-
-    def judge(latents: Tensor, prompts: list[str]) -> Callable[[], tuple]:
-        return reward.begin(sdxl.decode_latents(reward_decoder, latents.to(device), args.decode_batch_size), prompts)
 
     # ------------------------------------------------------------------------------------------------ TRAINING
     means = Means(device)
     for step in run.steps(unet):
-        round_number, step_of_round = divmod(step - 1, steps_per_round)
-        if round_number != samples.round:
-            samples.begin_round(round_number)
-            if step_of_round == 0:
-                run.restart(unet, optimizer, lr_scheduler, ema)
-                reference.renew()
-                of_round[:] = [{"reference": reference.state()}]
+        # Parts as equal as whole steps can be.
+        samples.begin_round((step - 1) * rounds // steps)
+        if step > 1 and samples.round != (step - 2) * rounds // steps:
+            run.restart(unet, optimizer, lr_scheduler, ema)
+            reference.renew()
+            of_round["reference"] = reference.state()
         for micro_batch in range(accumulation):
             # ---------------------------------------------------------------------------------------- GENERATE
             batch = next(batches)
@@ -182,8 +180,12 @@ def main(args: argparse.Namespace) -> int:
             run.stop_if(not_finite(x_0, step))
 
             # ------------------------------------------------------------------------------------------- SCORE
+            def judge(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
+                decoded = sdxl.decode_latents(reward_decoder, latents.to(device), args.decode_batch_size)
+                return reward.begin(decoded, [prompts[row // n] for row in rows])
+
             with run.together(step):
-                samples.judge(keys, prompts, judge, args.score_batch_size)
+                samples.judge(keys, judge, args.score_batch_size)
             scores = samples.scores(keys)
 
             # ------------------------------------------------------------------------------------------ SELECT

@@ -32,7 +32,9 @@ class Flag:
         secret: its value must reach no log, tracker or file.
         required: it must be given.
         metavar: how `--help` shows its value.
-        spellings: other words for a value of this flag, such as {"--old_switch": "value"}.
+        nargs: how many values it takes, as of argparse: "+" for one or more, "*" for any number; None for one.
+        switch: an older switch and the value that it means, such as ("share_noise", "shared"); turned off it means
+            nothing.
     """
 
     name: str
@@ -46,7 +48,8 @@ class Flag:
     secret: bool = False
     required: bool = False
     metavar: str | None = None
-    spellings: Mapping[str, Any] = field(default_factory=dict)
+    nargs: str | None = None
+    switch: tuple[str, Any] | None = None
 
     def described(self) -> str:
         """The help with presets, default, range and other spellings."""
@@ -55,7 +58,8 @@ class Flag:
             facts.append(f"default: {self.default}")
         if self.range:
             facts.append(f"in {self.range}")
-        facts += [f"{word} means {value}" for word, value in self.spellings.items() if value is not None]
+        if self.switch:
+            facts.append("--{} means {}".format(*self.switch))
         return " ".join(filter(None, [self.help, f"({'; '.join(facts)})" if facts else ""]))
 
     def check(self, value: Any) -> None:
@@ -75,7 +79,8 @@ class Flag:
         if high == math.inf and low in (0, 1):
             must = {"[1": "be at least 1", "[0": "not be negative", "(0": "be above 0"}[f"{self.range[0]}{low:g}"]
         raise UserError(
-            f"--{self.name} is {value}, but it must {must}" + (", or left out" if self.default is None else "")
+            f"--{self.name} is {value}, but it must {must}"
+            + (", or left out" if self.default is None and not self.presets else "")
         )
 
 
@@ -105,12 +110,11 @@ def make_parser(description: str, groups: Groups, prog: str | None = None) -> On
                 options["action"] = argparse.BooleanOptionalAction
             else:
                 options |= {"type": flag.type, "choices": flag.choices or None, "metavar": flag.metavar}
+                options["nargs"] = flag.nargs
             group.add_argument(f"--{flag.name}", required=flag.required, **options)
-            for word, value in flag.spellings.items():
-                group.add_argument(
-                    word, dest=flag.name, action="store_const", const=value, default=argparse.SUPPRESS,
-                    help=argparse.SUPPRESS,
-                )  # fmt: skip
+            if flag.switch:
+                hidden = {"action": argparse.BooleanOptionalAction, "help": argparse.SUPPRESS, "default": None}
+                group.add_argument(f"--{flag.switch[0]}", **hidden)
     return parser
 
 
@@ -122,10 +126,23 @@ def parse(description: str, groups: Groups, argv: Sequence[str], prog: str | Non
     """
     args = make_parser(description, groups, prog).parse_args(argv)
     for name, flag in every_flag(groups).items():
+        if flag.switch:
+            _heed_switch(args, flag)
         if getattr(args, name) is None and flag.presets:
             setattr(args, name, flag.presets[args.preset])
         flag.check(getattr(args, name))
     return args
+
+
+def _heed_switch(args: argparse.Namespace, flag: Flag) -> None:
+    """Give the flag the value that its older switch means, if that was given."""
+    switch, meaning = flag.switch
+    value = getattr(args, flag.name)
+    if vars(args).pop(switch):
+        require(
+            value in (None, meaning), f"--{switch} and --{flag.name}={value} exclude each other; leave one of them out"
+        )
+        setattr(args, flag.name, meaning)
 
 
 def refuse_moved(argv: Sequence[str], moved: Mapping[str, str]) -> None:
@@ -167,7 +184,7 @@ def as_markdown(groups: Groups) -> str:
         for flag in flags:
             default = ", ".join(f"{preset}: {value}" for preset, value in flag.presets.items()) or flag.default
             default = "required" if flag.required else "" if default is None or default is False else default
-            words = [f"`{word}` means {value}" for word, value in flag.spellings.items() if value is not None]
+            words = ["`--{}` means {}".format(*flag.switch)] if flag.switch else []
             cells = (
                 f"`--{flag.name}`{'*' if flag.free else ''}", "; ".join(filter(None, [flag.help, *words])), default,
                 ", ".join(flag.choices) or flag.range or (flag.metavar or ""),

@@ -1,6 +1,7 @@
 """Latents that a model generates, and what of them outlives the optimizer step that made them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from sharpening.draws import draw_noise
 from sharpening.sdxl import Denoiser
-from sharpening.selection import ModelOf, Scores, Verdict, begin_samples
+from sharpening.selection import Judge, ModelOf, Scores, Verdict, begin_samples
 from sharpening.trajectory import Schedule, generate
 from sharpening.waiting import beginning, wait_for_all
 
@@ -72,10 +73,11 @@ class SampleSets:
         self._scores: dict[str, Scores] = {}  # by key, of n samples
 
     def begin_round(self, number: int) -> None:
-        """Forget all samples: another model draws those of this round."""
-        self.round = number
-        self._latents.clear()
-        self._scores.clear()
+        """Forget all samples if the round is another one: another model draws its."""
+        if number != self.round:
+            self.round = number
+            self._latents.clear()
+            self._scores.clear()
 
     def keys(self, draws: Sequence[int], prompts: Sequence[str]) -> list[str]:
         """What names the samples of each draw."""
@@ -91,25 +93,18 @@ class SampleSets:
                 model_of = denoiser.repeat(index, self.n).rows
                 self._latents[key] = generate_in_slices(model_of, schedule, noise, batch_size).cpu()
 
-    def judge(
-        self,
-        keys: Sequence[str],
-        prompts: Sequence[str],
-        begin: Callable[[Tensor, list[str]], Callable[[], Verdict]],
-        batch_size: int,
-    ) -> None:
-        """Judge the samples of each key, by itself, unless all of them have a score already.
+    def judge(self, keys: Sequence[str], judge: Judge, batch_size: int) -> None:
+        """Judge the samples of each of B keys, by itself, unless all of them have a score already.
 
-        `begin(latents (r, 4, h, w), prompts)` begins to judge; what it returns waits for the verdict.
+        `judge(latents, rows)` is told the rows of B * n samples, of which n follow each other for each key.
         """
         begun: dict[str, Callable[[], Scores]] = {}
         with beginning(begun.values()):
-            for key, prompt in zip(keys, prompts, strict=True):
+            for first, key in zip(range(0, len(keys) * self.n, self.n), keys, strict=True):
                 if key in begun or (key in self._scores and not self._scores[key].rewards.isnan().any()):
                     continue
-                begun[key] = begin_samples(
-                    lambda x, rows, prompt=prompt: begin(x, [prompt] * len(rows)), self._latents[key], batch_size
-                )
+                of_key = partial(_judge_from, judge, first)
+                begun[key] = begin_samples(of_key, self._latents[key], batch_size)
         for key, scores in zip(begun, wait_for_all([*begun.values()]), strict=True):
             self._scores[key] = scores
 
@@ -128,3 +123,8 @@ class SampleSets:
         }
         rewards, active = (torch.cat([getattr(part, name) for part in parts]) for name in ("rewards", "active"))
         return Scores(rewards, components, active, self.latents(keys))
+
+
+def _judge_from(judge: Judge, first: int, latents: Tensor, rows: Tensor) -> Callable[[], Verdict]:
+    """`judge` on rows that are counted from `first`."""
+    return judge(latents, rows + first)

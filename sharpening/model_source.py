@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from sharpening.errors import UserError
-from sharpening.run_flags import looks_local
+from sharpening.files import looks_local
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 LORA_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")  # of every attention of the UNet, which `--use_lora` adapts

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,21 +21,34 @@ from sharpening.running import launching
 from sharpening.trajectory import Schedule
 
 
+class Method(NamedTuple):
+    """What a script does, for people and for the hub."""
+
+    name: str
+    tag: str  # of the model card
+    paper: str  # arXiv id
+
+    def linked(self) -> str:
+        """The name with a link to the paper, in markdown."""
+        return f"{self.name} ([arXiv {self.paper}](https://arxiv.org/abs/{self.paper}))"
+
+
 class Plan:
     """What a training run will do.
 
     Attributes:
         args, groups: its flags, and their declarations.
-        method: what is done, in the words of the model card.
+        method: what is done.
         output_dir: of the run.
         accelerator, device, world_size, is_main: of this process.
         weight_dtype: of frozen models and cached embeddings.
         source: of the pipeline that is trained.
         schedule: of its noise.
         steps_per_epoch, num_steps: in optimizer steps, once `settle` was called.
+        facts: what else there is to say of the method, by name, once `settle` was called.
     """
 
-    def __init__(self, args: argparse.Namespace, groups: flags.Groups, method: str) -> None:
+    def __init__(self, args: argparse.Namespace, groups: flags.Groups, method: Method) -> None:
         """Start the accelerator and read the scheduler.
 
         Raises:
@@ -58,6 +71,7 @@ class Plan:
         check_schedule(vars(args), config["num_train_timesteps"])
         self.schedule = Schedule.from_config(config, args.infer_steps, args.prediction_type)
         self.steps_per_epoch = self.num_steps = 0
+        self.facts: dict[str, str] = {}
 
     def data_options(self) -> dict[str, Any]:
         """The flags that say which data, as the loaders of `sharpening.data` take them."""
@@ -83,7 +97,7 @@ class Plan:
             reuse: optimizer steps that one batch serves.
             frozen: a frozen copy of the UNet is held.
         """
-        args = self.args
+        args, self.facts = self.args, dict(facts)
         batch = args.train_batch_size * args.gradient_accumulation_steps * self.world_size
         self.steps_per_epoch = math.ceil(rows / batch) * reuse
         self.num_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch

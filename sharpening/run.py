@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from sharpening import flags, sdxl
 from sharpening.data.encoding_cache import CachedData, collate
 from sharpening.draws import Draws, DrawSampler, timestep_probabilities
-from sharpening.errors import Stop, UserError
+from sharpening.errors import Stop, require
 from sharpening.model_source import Source, text_identity
 from sharpening.plan import Plan
 from sharpening.reference import Reference
@@ -68,6 +68,12 @@ class Run:
         args = self.args
         self._checkpoint = checkpoints.prepare_output(self.accelerator, self.output_dir, args.resume_from_checkpoint)
         state = checkpoints.read_state(self._checkpoint)
+        method = state.get("method", plan.method.name)
+        require(
+            method == plan.method.name,
+            f"--resume_from_checkpoint {self._checkpoint} was written by {method}, but this script is "
+            f"{plan.method.name}; continue it with its own script, or start a new run",
+        )
         if state:
             if args.seed is None:
                 args.seed = state["args"]["seed"]
@@ -93,20 +99,8 @@ class Run:
         Raises:
             UserError: a tracker cannot start.
         """
-        public = flags.public(self.args, self.plan.groups)
-        config = {
-            name: value if isinstance(value, (int, float, str)) else str(value) for name, value in public.items()
-        }
-        logging_dir = self.accelerator.logging_dir
-        options = {"dir": str(logging_dir), "id": self.run_id, "resume": "allow"}
-        Path(logging_dir).mkdir(parents=True, exist_ok=True)
-        try:
-            self.accelerator.init_trackers("diffusion-sharpening", config=config, init_kwargs={"wandb": options})
-        except Exception as error:
-            raise UserError(
-                f"--report_to {self.args.report_to}: the tracker did not start ({type(error).__name__}: {error}); run "
-                "`wandb login`, set WANDB_MODE=offline, or choose --report_to tensorboard"
-            ) from error
+        config = {"method": self.plan.method.name, **flags.public(self.args, self.plan.groups)}
+        tracking.start_trackers(self.accelerator, config, self.run_id, self.args.report_to)
 
     @cached_property
     def vae_source(self) -> tuple[Source, str | None]:
@@ -176,33 +170,44 @@ class Run:
 
     def prepare(
         self, unet: UNet2DConditionModel, optimizer: Optimizer, lr_scheduler: LRScheduler, ema: EMAModel | None,
-        pending: list[dict[str, Any]] | None = None,
+        pending: list[dict[str, Any]] | None = None, shared: dict[str, Any] | None = None,
     ) -> tuple[nn.Module, Optimizer]:  # fmt: skip
         """The model and the optimizer as accelerate wraps them, at the state of the checkpoint that is resumed.
 
-        pending: what else a checkpoint keeps for each process, read back into that same list.
+        pending and shared are what else a checkpoint keeps, for each process and for all of them, read back into that
+        same list and dictionary.
         """
         self._first_rates = copy.deepcopy(lr_scheduler.state_dict())
         model, optimizer = self.accelerator.prepare(unet, optimizer)
-        checkpoints.register_checkpointing(self.accelerator, unet, ema, lr_scheduler, pending)
+        checkpoints.register_checkpointing(self.accelerator, unet, ema, lr_scheduler, pending, shared)
         if self._checkpoint is not None:
             self.accelerator.load_state(str(self._checkpoint))
         return model, optimizer
 
-    def load_text_encoders(self, vae: AutoencoderKL, reward: Reward) -> tuple[sdxl.TextEncoders, sdxl.Unconditional]:
-        """The text encoders and what stands for no prompt. The validation prompts, which vae and reward will draw and
-        judge, are embedded at once, so that the encoders can be freed."""
-        args = self.args
+    def load_text_encoders(self) -> tuple[sdxl.TextEncoders, sdxl.Unconditional]:
+        """The text encoders and what stands for no prompt."""
         encoders = sdxl.TextEncoders.load(self.plan.source, self.device, self.plan.weight_dtype)
-        unconditional = sdxl.unconditional_embedding(self.plan.source, encoders)
+        return encoders, sdxl.unconditional_embedding(self.plan.source, encoders)
+
+    def validate_with(
+        self, encoders: sdxl.TextEncoders, unconditional: sdxl.Unconditional, vae: AutoencoderKL, reward: Reward | None
+    ) -> None:
+        """Embed the validation prompts, so that the encoders can be freed; vae and reward will draw and judge them.
+
+        Without validation prompts no reward is needed. The vae also draws the images of `log_branches`.
+        """
+        args = self.args
         drawing = Drawing(
             args.num_validation_images, args.resolution, args.validation_guidance_scale, args.score_batch_size,
             args.decode_batch_size, args.seed,
         )  # fmt: skip
-        prompts = read_validation_prompts(args.validation_prompt, args.validation_prompts_file)
-        self._validation = Validation(prompts, drawing, encoders, unconditional)
+        self._validation = Validation(self.validation_prompts, drawing, encoders, unconditional)
         self._vae, self._reward = vae, reward
-        return encoders, unconditional
+
+    @cached_property
+    def validation_prompts(self) -> list[str]:
+        """What validation draws, if anything."""
+        return read_validation_prompts(self.args.validation_prompt, self.args.validation_prompts_file)
 
     def cache_options(self, images: bool = False) -> dict[str, Any]:
         """How embeddings, and latents of images, are cached, as `sharpening.data.encoding_cache` takes it."""
@@ -243,12 +248,8 @@ class Run:
     ) -> None:
         """Begin a round: from the averaged weights, with optimizer, learning rates and average as at the start."""
         if ema is not None:
-            ema.copy_to(sdxl.trainable_parameters(unet))
-            ema.optimization_step = 0
-        optimizer.optimizer.state.clear()
-        lr_scheduler.load_state_dict(copy.deepcopy(self._first_rates))
-        for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+            optimization.restart_average(ema, sdxl.trainable_parameters(unet))
+        optimization.restart(optimizer.optimizer, lr_scheduler, self._first_rates)
 
     # --------------------------------------------------------------------------------------------------- steps
 
@@ -294,10 +295,12 @@ class Run:
                 yield
         except RewardError as error:
             failure = f"step {step}: {error}"
-        self.stop_if(failure)
+        self.stop_if(failure, "the reward failed on another process")
 
-    def stop_if(self, failure: str) -> None:
+    def stop_if(self, failure: str, elsewhere: str = "another process failed; its message says how") -> None:
         """Stop all ranks if any of them has failed, and says how, with the state after the last finished step saved.
+
+        elsewhere: what the others say.
 
         Raises:
             Stop: with status 1.
@@ -306,9 +309,8 @@ class Run:
             return
         path = self._save(self._finished)
         # Not into the progress bar's line.
-        message = failure or "the reward failed on another process"
-        tqdm.write(f"error: {message}; the run is saved in {path}", file=sys.stderr)
-        self._end_group()
+        tqdm.write(f"error: {failure or elsewhere}; the run is saved in {path}", file=sys.stderr)
+        self.close()
         raise Stop(1)
 
     def stop_if_diverged(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -365,13 +367,13 @@ class Run:
                 failure = f"validation at step {step}: {error}"
         self._log.write(step, metrics)
         self._last_metrics = metrics
-        self.stop_if(failure)
+        self.stop_if(failure, "the reward failed on another process")
         number = self.any_rank(self._stop.number)
         if step % self.args.checkpointing_steps == 0 or number:
             self._save(step)
         if number:
             logger.info(f"interrupted after step {step}; continue with --resume_from_checkpoint latest")
-            self._end_group()
+            self.close()
             raise Stop(128 + number)
 
     def _validation_is_due(self, step: int) -> bool:
@@ -381,7 +383,8 @@ class Run:
 
     def _save(self, step: int) -> Path:
         public = flags.public(self.args, self.plan.groups)
-        state = {"run_id": self.run_id, "world_size": self.plan.world_size, "args": public}
+        processes = self.plan.world_size
+        state = {"run_id": self.run_id, "method": self.plan.method.name, "world_size": processes, "args": public}
         return checkpoints.save_checkpoint(
             self.accelerator, self.output_dir, step, state, self.args.checkpoints_total_limit
         )
@@ -401,7 +404,7 @@ class Run:
             tracking.plot_rewards(self._log.path, self.output_dir / "reward_curve.png")
             saved = "LoRA adapter" if args.use_lora else "pipeline"
             print(f"saved the {saved} and reward_curve.png to {self.output_dir}", flush=True)
-        self._end_group()
+        self.close()
         if self.is_main and args.push_to_hub:
             repository = args.hub_model_id or self.output_dir.name
             publishing.push_to_hub(self.output_dir, repository, args.hub_token, args.logging_dir)
@@ -411,25 +414,28 @@ class Run:
         args, partial = self.args, self.output_dir / ".result.partial"
         shutil.rmtree(partial, ignore_errors=True)
         if args.use_lora:
-            publishing.save_adapter(unet, partial)
+            sdxl.save_lora(unet, partial)
         else:
             vae = self._vae if args.pretrained_vae_model_name_or_path else None
             publishing.save_pipeline(self.plan.source, unet, vae, args.prediction_type, partial)
-        name = args.hub_model_id or self.output_dir.name
+        method = self.plan.method
+        facts = [f"{self._finished} optimizer steps with {method.linked()}", f"reward `{args.reward_model}`"]
         card = publishing.model_card(
-            name, args.pretrained_model_name_or_path, f"{self.plan.method}, reward `{args.reward_model}`",
-            flags.public(args, self.plan.groups), self._last_metrics, self._finished,
+            args.hub_model_id or self.output_dir.name, args.pretrained_model_name_or_path,
+            ", ".join([*facts, *self.plan.facts.values()]), method.tag, flags.public(args, self.plan.groups),
+            self._last_metrics,
         )  # fmt: skip
         card.save(partial / "README.md")
         publishing.replace_result(partial, self.output_dir)
 
-    def _end_group(self) -> None:
-        """End trackers and the process group; every rank must call it.
+    def close(self) -> None:
+        """Close the progress bar, end trackers and the process group; every rank must call it.
 
         The group is destroyed under the interpreter's lock, which gloo's workers need once more to release the tensors
         of a gather: destroyed before, it hangs. Nothing tells that they have; asleep we hold no lock, and a worker
         that gets a core within that time is done.
         """
+        self._log.progress.close()
         self.accelerator.wait_for_everyone()
         if self.plan.world_size > 1 and "gloo" in torch.distributed.get_backend():
             time.sleep(SECONDS_TO_RELEASE)

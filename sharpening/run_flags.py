@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sharpening.errors import require
+from sharpening.files import looks_local
 from sharpening.flags import Flag, Groups, parse
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what makes a folder a LoRA adapter, for diffusers too
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 MODEL = (
@@ -102,7 +102,7 @@ BATCHES = (
     Flag("decode_batch_size", "latents per VAE decode", int, 4, "[1, inf)", free=True),
     Flag(
         "train_rows",
-        "rows per forward and backward when training; memory grows with it and with nothing else; unset: 4, or as "
+        "rows per forward and backward when training; memory grows with it and with nothing else; unset: 8, or as "
         "many as the batch has in one step of its branches",
         int,
         range="[1, inf)",
@@ -127,9 +127,10 @@ OPTIMIZATION = (
     Flag("use_ema", "average the weights; validation and the save use them", bool, False),
     Flag("ema_decay", "largest decay of the average", float, 0.9999, "[0, 1)"),
 )
+LORA_RANK = Flag("lora_rank", "rank of the adapter", int, 16, "[1, inf)")
 LORA = (
     Flag("use_lora", "train a low-rank adapter and leave the UNet as it is", bool, False),
-    Flag("lora_rank", "rank of the adapter", int, 16, "[1, inf)"),
+    LORA_RANK,
     Flag("lora_alpha", "its scale is alpha / rank; unset: the rank", float, range="(0, inf)"),
 )
 HARDWARE = (
@@ -142,13 +143,7 @@ HARDWARE = (
 )
 RUN = (
     Flag("output_dir", "checkpoints, curves and the trained pipeline", default="outputs/sharpened", free=True),
-    Flag(
-        "seed",
-        "seed of every draw; unset: a random one, which is printed and saved",
-        int,
-        range="[0, 4294967295]",
-        free=True,
-    ),
+    Flag("seed", "of every draw; unset: a random one, which is printed and saved", int, range="[0, 4294967295]"),
     Flag("checkpointing_steps", "optimizer steps between checkpoints", int, 500, "[1, inf)", free=True),
     Flag(
         "checkpoints_total_limit", "keep this many checkpoints, deleting the oldest", int, range="[1, inf)", free=True
@@ -211,7 +206,7 @@ def check_run(args: argparse.Namespace) -> None:
         f"try {max(8, round(args.resolution / 8) * 8)}",
     )
     require(
-        args.use_lora or (args.lora_rank == 16 and args.lora_alpha is None),
+        args.use_lora or (args.lora_rank == LORA_RANK.default and args.lora_alpha is None),
         "--lora_rank and --lora_alpha have no effect without --use_lora; add it",
     )
     _check_sources(args)
@@ -265,11 +260,6 @@ def check_schedule(flags: Mapping[str, Any], num_train_timesteps: int) -> None:
         f"--timestep_bias_end is {flags.get('timestep_bias_end')}, but the model has only {num_train_timesteps} "
         "timesteps; lower it",
     )
-
-
-def looks_local(name: str) -> bool:
-    """Whether a model or dataset name can only be a path: hub ids are `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def _check_sources(args: argparse.Namespace) -> None:

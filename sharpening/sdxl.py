@@ -216,7 +216,7 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor, batch_size: int) -> Tensor:
     """Images (B, 3, H, W) float32 in [0, 1] of scaled latents (B, 4, h, w), `batch_size` at a time."""
     images = []
-    # The decoder's dtype was chosen by load_vae; an outer autocast would override it and overflow in float16.
+    # The decoder's dtype was chosen by load_decoder; an outer autocast would override it and overflow in float16.
     with torch.autocast(latents.device.type, enabled=False):
         for part in latents.split(batch_size):
             decoded = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample

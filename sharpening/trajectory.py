@@ -206,22 +206,27 @@ def timesteps_along(schedule: Schedule, t: Tensor, steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def walk_states(
-    model_of: Callable[[Tensor], Model], schedule: Schedule, branches: Branches, steps: int, batch_size: int
-) -> Path:
-    """The states of R branches, `batch_size` of which are walked at a time; their outputs are not known.
+def walk_path(
+    model_of: Callable[[Tensor], Model], schedule: Schedule, branches: Branches, steps: int, batch_size: int,
+    outputs: bool,
+) -> Path:  # fmt: skip
+    """The path of R branches, `batch_size` of which are walked at a time.
 
-    `model_of(rows)` is the model with the condition of some of the branches, asked `steps` - 1 times.
+    `model_of(rows)` is the model with the condition of some of the branches. It is asked `steps` times or, without
+    `outputs`, which the path then lacks, once less.
     """
     t = timesteps_along(schedule, branches.t, steps)
-    if steps == 1:
+    if steps == 1 and not outputs:
         return branches.start()
-    x = []
+    x, output = [], []
     for rows in torch.arange(len(t)).split(batch_size):
         part = branches.rows(rows)
-        points = [*walk(model_of(rows), schedule, part.x_t, part.t, steps - 1)]
-        x.append(torch.stack([*(point.x for point in points), points[-1].moved(schedule)], 1))
-    return Path(torch.cat(x), t.clamp(min=0), (t >= 0).cpu())
+        points = [*walk(model_of(rows), schedule, part.x_t, part.t, steps if outputs else steps - 1)]
+        last = [] if outputs else [points[-1].moved(schedule)]
+        x.append(torch.stack([point.x for point in points] + last, 1))
+        if outputs:
+            output.append(torch.stack([point.output for point in points], 1))
+    return Path(torch.cat(x), t.clamp(min=0), (t >= 0).cpu(), torch.cat(output) if outputs else None)
 
 
 def outputs_through_sampler(model: Model, schedule: Schedule, branches: Branches, steps: int) -> Tensor:

@@ -3,104 +3,37 @@
     bash scripts/study.sh                 # everything, into outputs/study; `docs/study.md` is written about it
     bash scripts/study.sh --quick         # the same plan with a handful of updates and images: does it all run?
 
-Trains every method with the two training scripts, judges every model with `scripts/evaluate.py`, and writes
+Trains every method with its script, judges every model with `scripts/evaluate.py`, and writes
 `tables.md` and the figures. What is done already is not done again; every run is one process with one
 thread, so that results do not depend on `--jobs`.
 """
 
 from __future__ import annotations
 
-import argparse
-import fcntl
 import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from sharpening.arguments import OneSentenceParser, require
-from sharpening.errors import UserError, exit_status
-from study.plan import (
-    METRICS,
-    MODEL,
-    ON_IMAGES,
-    ON_SAMPLES,
-    QUICK,
-    ROOT,
-    SCRIPTS,
-    WRONG_CAPTIONS,
-    Run,
-    Size,
-    decode_cost,
-    make_plan,
-    words,
-)
+from filelock import FileLock, Timeout
+
+from sharpening.errors import UserError, require
+from sharpening.files import write_aside
+from sharpening.flags import Flag, parse
+from study.cost import MODEL, ROOT, decode_cost, words
+from study.plan import Plan, Run, make_plan
 from study.report import Report
+from study.settings import METRICS, ON_IMAGES, ON_SAMPLES, QUICK, WRONG_CAPTIONS, Size
+from study.tasks import in_parallel, once
 
-
-class Failed(RuntimeError):
-    """A run or an evaluation that did not end well."""
-
-
-RUNNING: set[subprocess.Popen] = set()
-
-
-def execute(command: Sequence[str], log: Path) -> None:
-    """Run a Python command with one thread, its output into `log`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
-        )
-        RUNNING.add(process)
-        try:
-            status = process.wait()
-        finally:
-            RUNNING.discard(process)
-    if status:
-        said = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.strip()]
-        raise Failed(f"{said[-1] if said else 'no output'} ({log})")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is whole or absent."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(text)
-    aside.replace(path)
-
-
-def once(
-    folder: Path, commands: Sequence[Sequence[object]], fresh: Sequence[Path], inputs: Sequence[Path] = ()
-) -> float:
-    """Run commands unless the same ones have ended well on the same inputs; returns their seconds.
-
-    `folder` holds their logs and `finished.json`, which is written last. `fresh` are removed before they run, `inputs`
-    are the folders of what they read, known by their own `finished.json`.
-    """
-    marker = folder / "finished.json"
-    task = {
-        "commands": [[str(word) for word in command] for command in commands],
-        "inputs": [(path / "finished.json").read_text() for path in inputs],
-    }
-    if marker.is_file():
-        finished = json.loads(marker.read_text())
-        if {name: finished[name] for name in task} == task:
-            return finished["seconds"]
-        marker.unlink()
-    for path in fresh:
-        shutil.rmtree(path, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    for index, command in enumerate(task["commands"]):
-        execute(command, folder / f"log{index}.txt")
-    seconds = time.perf_counter() - started
-    write_whole(marker, json.dumps({**task, "seconds": seconds, "ended": time.time()}))
-    return seconds
+FLAGS = (
+    Flag("output_dir", "runs, evaluations, tables and figures", Path, ROOT / "outputs" / "study"),
+    Flag("jobs", "processes at a time, of 1.5 GB each", int, os.cpu_count(), "[1, inf)"),
+    Flag("quick", "a few updates and images of everything: a rehearsal", bool, False),
+)
 
 
 def write_data(size: Size, output_dir: Path) -> None:
@@ -114,15 +47,8 @@ def write_data(size: Size, output_dir: Path) -> None:
 
 def train(run: Run, folder: Path) -> float:
     """Train a run into `folder/model`; returns its seconds."""
-    commands, start = [], None
-    for index in range(run.rounds):
-        target = folder / ("model" if index == run.rounds - 1 else f"round{index}")
-        flags = {**run.flags, "max_train_steps": run.updates, "seed": 1000 * index + run.seed, "output_dir": target}
-        if start is not None:
-            flags["pretrained_model_name_or_path"] = start
-        commands.append([f"{SCRIPTS[run.script]}.py", *words(flags)])
-        start = target
-    return once(folder, commands, fresh=[folder])
+    flags = {**run.flags, "max_train_steps": run.updates, "seed": run.seed, "output_dir": folder / "model"}
+    return once(folder, [[f"{run.script}.py", *words(flags)]], fresh=[folder])
 
 
 def evaluate(models: Mapping[str, tuple[str | Path, str]], folder: Path, images: int) -> float:
@@ -138,112 +64,76 @@ def evaluate(models: Mapping[str, tuple[str | Path, str]], folder: Path, images:
     return once(folder, [command], fresh=[], inputs=sorted(trained))
 
 
-def in_parallel(jobs: int, tasks: Mapping[str, Callable[[], float]], what: str) -> dict[str, float]:
-    """Run tasks, `jobs` at a time; returns their seconds. An interruption drops those that wait.
+def train_all(plan: Plan, folder: Path, jobs: int) -> float:
+    """Train every run of the plan, the longest first; returns the seconds of one thread."""
+    runs = sorted(plan.runs(), key=lambda run: -run.compute)
+    print(f"{len(runs)} runs, {sum(run.compute for run in runs) / 1e6:.2f} million forwards of a row", flush=True)
+    tasks = {run.key: partial(train, run, folder / run.key) for run in runs}
+    return sum(in_parallel(jobs, tasks, "train").values())
+
+
+def evaluate_all(plan: Plan, size: Size, runs: Path, folder: Path, jobs: int) -> float:
+    """Judge every search and every run, whose models are in `runs`; returns the seconds of one thread."""
+    judged: dict[str, tuple[dict, int]] = {}  # group -> (models, images); searches take longest and go first
+    rlhf, sft = (runs / plan.table_1[label][0].key / "model" for label in (ON_SAMPLES, ON_IMAGES))
+    for group, name, spec, on_rlhf in plan.search_specs():
+        models, _ = judged.setdefault(group, ({}, size.search_images))
+        models[name] = (rlhf if on_rlhf else MODEL, spec)
+    judged["search_best_of_n"][0].update(rlhf=(rlhf, ""), sft=(sft, ""))
+    for group, members in plan.groups().items():
+        judged[group] = ({run.key: (runs / run.key / "model", "") for run in members}, size.images)
+    tasks = {group: partial(evaluate, models, folder / group, images) for group, (models, images) in judged.items()}
+    return sum(in_parallel(jobs, tasks, "judge").values())
+
+
+@contextmanager
+def study_folder(folder: Path, size: Size) -> Iterator[None]:
+    """`folder`, for one study at a time, and always of one size.
 
     Raises:
-        Failed: naming those that did not end well, after the others have.
+        UserError: it holds a study of another size, or another study is writing there.
     """
-    seconds, failures = {}, []
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        names = {pool.submit(task): name for name, task in tasks.items()}
-        for count, future in enumerate(as_completed(names), 1):
-            name = names[future]
-            try:
-                seconds[name] = future.result()
-                print(f"[{what} {count}/{len(tasks)}] {name}: {seconds[name]:.0f} s", flush=True)
-            except Failed as error:
-                failures.append(f"{name}: {error}")
-                print(f"[{what} {count}/{len(tasks)}] {name} FAILED", flush=True)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(RUNNING):  # none, but after an interruption
-            process.terminate()
-    if failures:
-        raise Failed("; ".join(failures))
-    return seconds
-
-
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags.
-
-    Raises:
-        UserError: naming the flag and the remedy.
-    """
-    parser = OneSentenceParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    settings, described = folder / "settings.json", json.dumps(vars(size), default=list)
+    require(
+        not settings.is_file() or settings.read_text() == described,
+        f"--output_dir {folder} holds a study of another size; name another folder",
     )
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "study")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time, of 1.5 GB each")
-    parser.add_argument("--quick", action="store_true", help="a few updates and images of everything: a rehearsal")
-    args = parser.parse_args(argv)
-    require(args.jobs >= 1, f"--jobs is {args.jobs}, but it must be at least 1")
-    args.output_dir = args.output_dir.expanduser().resolve()
-    return args
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"--output_dir {folder}: another study is writing there; wait for its end") from error
+    with write_aside(settings) as aside:
+        aside.write_text(described)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train, judge, write; returns the exit status."""
-    args = parse_args(argv)
-    size, output_dir = QUICK if args.quick else Size(), args.output_dir
-    settings = output_dir / "settings.json"
-    described = json.dumps(vars(size), default=list)
-    require(
-        not settings.is_file() or settings.read_text() == described,
-        f"--output_dir {output_dir} holds a study of another size; name another folder",
-    )
+    """Train, judge, write; returns the exit status.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+        Failed: a run or an evaluation did not end well.
+    """
+    args = parse("The paper's comparisons in miniature, on the tiny world.", {"study": FLAGS}, argv)
+    size, output_dir = QUICK if args.quick else Size(), args.output_dir.expanduser().resolve()
     started = time.perf_counter()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"--output_dir {output_dir}: another study is writing there; wait for its end") from error
-        write_whole(settings, described)
+    with study_folder(output_dir, size):
         write_data(size, output_dir)
         plan = make_plan(size, output_dir, decode_cost())
-        runs, folder = sorted(plan.runs(), key=lambda run: -run.compute), output_dir / "runs"
-        print(f"{len(runs)} runs, {sum(run.compute for run in runs) / 1e6:.2f} million forwards of a row", flush=True)
-        tasks = {run.key: lambda run=run: train(run, folder / run.key) for run in runs}
-        seconds = sum(in_parallel(args.jobs, tasks, "train").values())
-
-        evaluations = output_dir / "evaluation"
-        judged: dict[str, tuple[dict, int]] = {}  # group -> (models, images); searches take longest and go first
-        rlhf, sft = (folder / plan.table_1[label][0].key / "model" for label in (ON_SAMPLES, ON_IMAGES))
-        for group, name, spec, on_rlhf in plan.search_specs():
-            models, _ = judged.setdefault(group, ({}, size.search_images))
-            models[name] = (rlhf if on_rlhf else MODEL, spec)
-        judged["search_best_of_n"][0].update(rlhf=(rlhf, ""), sft=(sft, ""))
-        for group, members in plan.groups().items():
-            judged[group] = ({run.key: (folder / run.key / "model", "") for run in members}, size.images)
-        tasks = {
-            group: lambda group=group, what=what: evaluate(what[0], evaluations / group, what[1])
-            for group, what in judged.items()
-        }
-        seconds += sum(in_parallel(args.jobs, tasks, "judge").values())
-
+        seconds = train_all(plan, output_dir / "runs", args.jobs)
+        seconds += evaluate_all(plan, size, output_dir / "runs", output_dir / "evaluation", args.jobs)
         report = Report(plan, size, output_dir)
         tables = report.tables()
-        write_whole(output_dir / "tables.md", tables)
+        with write_aside(output_dir / "tables.md") as aside:
+            aside.write_text(tables)
         report.draw_figures()
     print(tables)
     took = time.perf_counter() - started
     print(f"{seconds / 3600:.2f} hours of one thread in all; this command took {took:.0f} s")
     print(f"written to {output_dir}: tables.md, figure4.png to figure6.png, branches_and_steps.png")
     return 0
-
-
-def politely(work: Callable[[], int]) -> int:
-    """The exit status of some work. An interruption stops what runs and drops what waits; what is done stays."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        return exit_status(work)
-    except Failed as error:
-        print(f"error: {error}; the same command goes on with the rest", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(politely(lambda: main(sys.argv[1:])))

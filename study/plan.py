@@ -1,81 +1,49 @@
-"""The runs of the study (`study/execution.py`): every training run of the paper's comparisons, and what it may cost.
+"""The runs of the study (`study/execution.py`): every training run of the paper's comparisons.
 
-Compute is counted in forwards of one row through the UNet: a row that is trained on costs three, a decoded latent what
-its floating-point operations cost. Where methods are compared at equal compute, the number of updates follows from it.
+Compute is counted as `study/cost.py` says. Where methods are compared at equal compute, the number of updates follows
+from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from functools import cached_property
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = "tiny_world/sdxl"
-SCRIPTS = {"sft": "train_sft_diffusion_sharpening_sdxl", "rlhf": "train_rlhf_diffusion_sharpening_sdxl"}
-METRICS = {name: f"study/metrics.py:{name}" for name in ("colour", "shape", "background", "likeness")}
-COMMON = {
-    "resolution": 32, "reward_model": "shapes", "train_batch_size": 24, "lr_scheduler": "cosine", "use_ema": True,
-    "ema_decay": 0.95, "adam_weight_decay": 0, "score_batch_size": 96, "decode_batch_size": 96, "report_to": "none",
-    "validation_guidance_scale": 1, "validation_epochs": 0, "checkpointing_steps": 1_000_000,
-}  # fmt: skip
-IMAGES = {"center_crop": True, "proportion_empty_prompts": 0.1, "learning_rate": 5e-4}
-# The setting of scripts/quickstart_rlhf.sh.
-SAMPLES = {
-    "reward_on": "sample", "latents_per_prompt": "n", "share_noise_in_pair": True, "num_noisy_latents": 4,
-    "trajectory_nums": 1, "infer_steps": 10, "guidance_scale": 1, "beta_dpo": 200, "learning_rate": 1e-4,
-    "generation_batch_size": 96,
-}  # fmt: skip
-# As the paper has it, but without guidance, which all models here are judged without.
-LETTER = {
-    "num_noisy_latents": 3, "trajectory_nums": 3, "infer_steps": 25, "guidance_scale": 1, "beta_dpo": 2500,
-    "learning_rate": 1e-4, "generation_batch_size": 96,
-}  # fmt: skip
-ON_IMAGES, ON_SAMPLES = "SFT sharpening", "RLHF sharpening, on samples"
-THE_LETTER = "RLHF sharpening, the paper's letter"
-FROM_UPDATES = ("lr_warmup_steps", "num_validation_images", "validation_steps")  # set by the number of updates
-TRAINING_PROMPTS = 45
-WRONG_CAPTIONS = 0.4  # the share that the base model was trained on
-DATA = {"shapes": "right captions", "shapes_wrong": f"{WRONG_CAPTIONS:.0%} wrong captions"}  # folder -> what it holds
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much of everything."""
-
-    compute: int = 120_000  # forwards of a row, for each method of table 1
-    updates: int = 150  # of SFT where updates are equal
-    preference_updates: int = 100  # of RLHF where updates are equal
-    images: int = 400  # per trained model
-    search_images: int = 180
-    data: int = 2000
-    seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = (1e-4, 5e-4, 1e-3)
-    sweep: tuple[int, ...] = (1, 2, 3, 4, 8)  # of n and of m
-    search: tuple[int, ...] = (2, 4, 8, 16)
-    reference_sets: int = 10
-    batch: int = 24
-    validation_images: int = 36
-
-
-QUICK = Size(
-    compute=800, updates=3, preference_updates=2, images=18, search_images=9, data=60, seeds=(0,),
-    learning_rates=(5e-4,), sweep=(1, 2), search=(2,), reference_sets=1, batch=4, validation_images=4,
-)  # fmt: skip
+from study.cost import BEST_OF_N, DDPO, DPO, MODEL, RLHF, SFT, compute_before, compute_per_update
+from study.settings import (
+    COMMON,
+    DATA,
+    DRAWN,
+    FROM_UPDATES,
+    IMAGES,
+    LETTER,
+    ON_IMAGES,
+    ON_SAMPLES,
+    PAIRS,
+    PATHS,
+    PLAIN,
+    SAMPLES,
+    SFT_NAME,
+    SHARPENED,
+    SHOWN_OVER_TIME,
+    THE_LETTER,
+    Size,
+    short,
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: `updates` optimizer steps of a script, in `rounds` that each start from the one before."""
+    """A training run: `updates` optimizer steps of a script."""
 
     name: str
-    script: str
+    script: str  # its path without .py
     updates: int
     seed: int
     flags: Mapping[str, object] = field(hash=False)
-    compute: float = 0.0  # forwards of a row, over all rounds
-    rounds: int = 1
+    compute: float = 0.0  # forwards of a row
 
     @property
     def key(self) -> str:
@@ -130,159 +98,152 @@ class Plan:
         return found
 
 
-def decode_cost() -> float:
-    """What decoding a latent costs, in forwards of a row through the UNet, by floating-point operations."""
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from torch.utils.flop_counter import FlopCounterMode
+@dataclass(frozen=True)
+class Planner:
+    """Makes the runs of a study of one size, whose data lie in `output_dir`.
 
-    unet = UNet2DConditionModel.from_pretrained(ROOT / MODEL, subfolder="unet")
-    vae = AutoencoderKL.from_pretrained(ROOT / MODEL, subfolder="vae")
-    size, width = unet.config.sample_size, unet.config.cross_attention_dim
-    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-    added = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
-    latent = torch.zeros(1, 4, size, size)
-    with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        unet(latent, torch.tensor([500]), torch.zeros(1, 77, width), added_cond_kwargs=added)
-    with torch.no_grad(), FlopCounterMode(display=False) as decode:
-        vae.decode(latent)
-    return decode.get_total_flops() / forward.get_total_flops()
-
-
-def compute_per_update(script: str, flags: Mapping[str, object], decode: float) -> float:
-    """Forwards of a row that an optimizer step of the method needs.
-
-    That is less than the script spends where it looks at more than it must: one noise needs no score; a pair that was
-    judged by its samples none before its one gradient step; regression on the best branch no reference; and pairs
-    drawn once are judged once (see `compute_before`).
+    Attributes:
+        decode: what decoding a latent costs, in forwards of a row.
     """
-    module = import_module(SCRIPTS[script])
-    args = module.parse_args(words({**flags, "output_dir": "none"}))
-    rows = module.rows_per_step(args)
-    if args.num_noisy_latents == 1:
-        rows |= {"score": 0, "decode": 0}
-    if script == "rlhf" and args.reward_on == "sample" and args.trajectory_nums == 1:
-        rows |= {"score": 0}
-    if script == "rlhf" and args.train_on == "best":
-        rows |= {"reference": 0}
-    if script == "rlhf" and args.generate_with == "reference":
-        rows |= {"generate": 0, "decode": 0}
-    weights = {"generate": 1, "score": 1, "reference": 1, "train": 3, "decode": decode}
-    return sum(weights[name] * count for name, count in rows.items())
 
+    size: Size
+    output_dir: Path
+    decode: float
 
-def compute_before(flags: Mapping[str, object], decode: float) -> float:
-    """Forwards of a row to draw and to judge a frozen reference's latents, once."""
-    if flags.get("generate_with") != "reference":
-        return 0
-    return TRAINING_PROMPTS * flags["reference_sets"] * flags["num_noisy_latents"] * (flags["infer_steps"] + decode)
+    @cached_property
+    def common(self) -> dict[str, object]:
+        """Flags of every run."""
+        return {
+            **COMMON,
+            "pretrained_model_name_or_path": MODEL,
+            "cache_dir": self.output_dir / "cache",
+            "train_batch_size": self.size.batch,
+            "validation_prompts_file": self.output_dir / "held_out_prompts.txt",
+        }
 
+    @cached_property
+    def of_images(self) -> dict[str, object]:
+        """Flags of a run on captioned images."""
+        return {**self.common, **IMAGES, "train_data_dir": self.output_dir / "shapes"}
 
-def words(flags: Mapping[str, object]) -> list[str]:
-    """A command line."""
-    given = {name: value for name, value in flags.items() if value is not False}
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+    @cached_property
+    def of_prompts(self) -> dict[str, object]:
+        """Flags of a run on prompts."""
+        return {**self.common, "prompts_file": self.output_dir / "prompts.txt"}
 
+    def run(self, name: str, script: str, seed: int, updates: int | None = None, **flags: object) -> Run:
+        """A run; without `updates`, as many as `size.compute` allows."""
+        flags = {**(self.of_images if script == SFT else self.of_prompts), **flags}
+        each, before = compute_per_update(script, flags, self.decode), compute_before(script, flags, self.decode)
+        rounds = flags.get("rounds", 1)  # each warms up anew
+        updates = updates or rounds * max(2, int((self.size.compute - before) / each / rounds))
+        flags |= {
+            "lr_warmup_steps": max(1, updates // rounds // 10),
+            "num_validation_images": self.size.validation_images,
+            "validation_steps": max(1, updates // 6) if seed == 0 and name in SHOWN_OVER_TIME else 0,
+        }
+        return Run(name, script, updates, seed, flags, before + updates * each)
 
-def short(rate: float) -> str:
-    """A learning rate as part of an identifier: 0.0005 is lr0_0005."""
-    return f"lr{rate:g}".replace(".", "_")
+    def per_seed(self, name: str, script: str, seeds: Sequence[int] | None = None, **options: object) -> list[Run]:
+        """The same run with each seed; `options` are those of `run`."""
+        return [self.run(name, script, seed, **options) for seed in seeds or self.size.seeds]
 
+    def table_1(self) -> dict[str, list[Run]]:
+        """Every method at equal compute."""
+        sets = self.size.reference_sets
+        dpo, in_rounds = {**PAIRS, "sets": sets}, {**PAIRS, "sets": max(1, sets // 3), "rounds": 3}
+        best_of_base = {**DRAWN, "samples_of": "base", "sets": sets, "learning_rate": 5e-4}
+        best_of_own = {**DRAWN, "learning_rate": 1e-5}
+        return {
+            "standard fine-tuning": self.per_seed("table1_fine_tuning", SFT, **PLAIN),
+            "best of 4 of the base, fine-tuning": self.per_seed("table1_best_of_base", BEST_OF_N, **best_of_base),
+            "best of 4 of its own, fine-tuning": self.per_seed("table1_best_of_own", BEST_OF_N, **best_of_own),
+            "Diffusion-DPO, fixed pairs": self.per_seed("table1_dpo", DPO, **dpo),
+            "Diffusion-DPO in 3 rounds (as IterPO)": self.per_seed("table1_dpo_rounds", DPO, **in_rounds),
+            "policy gradient (DDPO)": self.per_seed("table1_ddpo", DDPO, **PATHS),
+            ON_IMAGES: self.per_seed("table1_sft", SFT, **SHARPENED),
+            THE_LETTER: self.per_seed("table1_rlhf_letter", RLHF, **LETTER),
+            ON_SAMPLES: self.per_seed("table1_rlhf", RLHF, **SAMPLES),
+        }
 
-def make_plan(size: Size, output_dir: Path, decode: float) -> Plan:
-    """All runs of the study."""
-    data = {"pretrained_model_name_or_path": MODEL, "cache_dir": output_dir / "cache", "train_batch_size": size.batch}
-    data["validation_prompts_file"] = output_dir / "held_out_prompts.txt"
-    of_images = {**COMMON, **data, **IMAGES, "train_data_dir": output_dir / "shapes"}
-    of_prompts = {**COMMON, **data, "prompts_file": output_dir / "prompts.txt"}
-    rate_of_images = short(IMAGES["learning_rate"])
-    of_figure_4 = {f"sft_{rate_of_images}_{which}" for which in ("n3_m3", "n1_m1", "n1_m1_long")}  # shown over time
+    def settle(self) -> dict[tuple[float, str], list[Run]]:
+        """SFT sharpening against standard fine-tuning, at equal updates and at equal compute."""
+        settle, plain = {}, compute_per_update(SFT, {**self.of_images, **PLAIN}, self.decode)
+        for rate in self.size.learning_rates:
+            name, options = f"sft_{short(rate)}", {"learning_rate": rate, "updates": self.size.updates}
+            sharpened = self.per_seed(f"{name}_n3_m3", SFT, **SHARPENED, **options)
+            settle[rate, "SFT sharpening, n = m = 3"] = sharpened
+            settle[rate, "fine-tuning, equal updates"] = self.per_seed(f"{name}_n1_m1", SFT, **PLAIN, **options)
+            options["updates"] = round(sharpened[0].compute / plain)
+            settle[rate, "fine-tuning, equal compute"] = self.per_seed(f"{name}_n1_m1_long", SFT, **PLAIN, **options)
+        return settle
 
-    def run(name: str, script: str, seed: int, updates: int | None = None, rounds: int = 1, **flags: object) -> Run:
-        flags = {**(of_images if script == "sft" else of_prompts), **flags}
-        each, before = compute_per_update(script, flags, decode), compute_before(flags, decode)
-        updates = updates or max(2, int((size.compute / rounds - before) / each))
-        flags |= {"lr_warmup_steps": max(1, updates // 10), "num_validation_images": size.validation_images}
-        flags["validation_steps"] = max(1, updates // 6) if seed == 0 and name in of_figure_4 else 0
-        return Run(name, script, updates, seed, flags, rounds * (before + updates * each), rounds)
-
-    def per_seed(name: str, script: str, seeds: Sequence[int] = size.seeds, **flags: object) -> list[Run]:
-        return [run(name, script, seed, **flags) for seed in seeds]
-
-    plain = {"num_noisy_latents": 1, "trajectory_nums": 1}
-    whole = {"num_noisy_latents": 3, "trajectory_nums": 3}
-    of_base = {**SAMPLES, "generate_with": "reference", "reference_sets": size.reference_sets}
-    dpo = {**of_base, "reward_margin_scale": 0}  # Diffusion-DPO knows no margin
-    policy = {**SAMPLES, "share_noise_in_pair": False, "train_on": "policy", "trajectory_nums": 4}
-    table_1 = {
-        "standard fine-tuning": per_seed("table1_fine_tuning", "sft", **plain),
-        "best of 4 of the base, fine-tuning": per_seed(
-            "table1_best_of_base", "rlhf", **{**of_base, "train_on": "best", "learning_rate": 5e-4}
-        ),
-        "best of 4 of its own, fine-tuning": per_seed(
-            "table1_best_of_own", "rlhf", **{**SAMPLES, "train_on": "best", "learning_rate": 1e-5}
-        ),
-        "Diffusion-DPO, fixed pairs": per_seed("table1_dpo", "rlhf", **dpo),
-        "Diffusion-DPO in 3 rounds (as IterPO)": per_seed(
-            "table1_dpo_rounds", "rlhf", **{**dpo, "reference_sets": max(1, size.reference_sets // 3)}, rounds=3
-        ),
-        "policy gradient (DDPO)": per_seed("table1_ddpo", "rlhf", **policy),
-        ON_IMAGES: per_seed("table1_sft", "sft", **whole),
-        THE_LETTER: per_seed("table1_rlhf_letter", "rlhf", **LETTER),
-        ON_SAMPLES: per_seed("table1_rlhf", "rlhf", **SAMPLES),
-    }
-    settle = {}
-    for rate in size.learning_rates:
-        settings = {"learning_rate": rate}
-        sharpened = per_seed(f"sft_{short(rate)}_n3_m3", "sft", updates=size.updates, **whole, **settings)
-        equal = round(sharpened[0].compute / compute_per_update("sft", {**of_images, **plain}, decode))
-        settle[rate, "SFT sharpening, n = m = 3"] = sharpened
-        settle[rate, "fine-tuning, equal updates"] = per_seed(
-            f"sft_{short(rate)}_n1_m1", "sft", updates=size.updates, **plain, **settings
-        )
-        settle[rate, "fine-tuning, equal compute"] = per_seed(
-            f"sft_{short(rate)}_n1_m1_long", "sft", updates=equal, **plain, **settings
-        )
-
-    def sft(n: int, m: int, seeds: Sequence[int], reward: str = "shapes", data: str = "shapes") -> list[Run]:
-        name = f"sft_{rate_of_images}_n{n}_m{m}" + ("" if reward == "shapes" else "_worst")
+    def sft(self, n: int, m: int, seeds: Sequence[int], reward: str = "shapes", data: str = "shapes") -> list[Run]:
+        """SFT with n branches of m steps."""
+        name = f"{SFT_NAME}_n{n}_m{m}" + ("" if reward == "shapes" else "_worst")
         name += "" if data == "shapes" else f"_{data}"
         flags = {"num_noisy_latents": n, "trajectory_nums": m, "reward_model": reward}
-        return per_seed(name, "sft", seeds, updates=size.updates, train_data_dir=output_dir / data, **flags)
+        flags["train_data_dir"] = self.output_dir / data
+        return self.per_seed(name, SFT, seeds, updates=self.size.updates, **flags)
 
-    def rlhf(n: int, m: int) -> list[Run]:
+    def rlhf(self, n: int, m: int) -> list[Run]:
+        """RLHF on samples with n branches of m steps, first seed only."""
         flags = {**SAMPLES, "num_noisy_latents": n, "trajectory_nums": m}
-        return per_seed(f"rlhf_n{n}_m{m}", "rlhf", size.seeds[:1], updates=size.preference_updates, **flags)
+        updates = self.size.preference_updates
+        return self.per_seed(f"rlhf_n{n}_m{m}", RLHF, self.size.seeds[:1], updates=updates, **flags)
 
-    fixed_n = 3 if 3 in size.sweep else 2
-    sweeps = [
-        Sweep("SFT, branches n (m = 1)", "n", {n: sft(n, 1, size.seeds) for n in size.sweep}),
-        Sweep("RLHF on samples, branches n (m = 1)", "n", {n: rlhf(n, 1) for n in size.sweep if n > 1}),
-        Sweep(f"SFT, steps m (n = {fixed_n})", "m", {m: sft(fixed_n, m, size.seeds[:1]) for m in size.sweep}),
-        Sweep(f"RLHF on samples, steps m (n = {fixed_n})", "m", {m: rlhf(fixed_n, m) for m in size.sweep}),
-    ]
-    several = [n for n in size.sweep if n in (3, 8)] or [2]
-    selection = {}
-    for data in DATA:
-        selection["one noise", data] = sft(1, 1, size.seeds, data=data)
-        for n in several:
-            selection[f"best of {n} noises", data] = sft(n, 1, size.seeds, data=data)
-            # A negative weight turns the reward round.
-            selection[f"worst of {n} noises", data] = sft(n, 1, size.seeds, "shapes:-1", data=data)
-    rates = {}
-    for label, (first, *_) in table_1.items():
-        if first.script == "rlhf":  # the settings on given images have a comparison of their own
+    def sweeps(self) -> list[Sweep]:
+        """The number of branches and of steps."""
+        values, seeds = self.size.sweep, self.size.seeds
+        n = 3 if 3 in values else 2
+        return [
+            Sweep("SFT, branches n (m = 1)", "n", {v: self.sft(v, 1, seeds) for v in values}),
+            Sweep("RLHF on samples, branches n (m = 1)", "n", {v: self.rlhf(v, 1) for v in values if v > 1}),
+            Sweep(f"SFT, steps m (n = {n})", "m", {v: self.sft(n, v, seeds[:1]) for v in values}),
+            Sweep(f"RLHF on samples, steps m (n = {n})", "m", {v: self.rlhf(n, v) for v in values}),
+        ]
+
+    def selection(self) -> dict[tuple[str, str], list[Run]]:
+        """The best and the worst of several noises, on right and on partly wrong captions."""
+        selection, seeds = {}, self.size.seeds
+        for data in DATA:
+            selection["one noise", data] = self.sft(1, 1, seeds, data=data)
+            for n in [n for n in self.size.sweep if n in (3, 8)] or [2]:
+                selection[f"best of {n} noises", data] = self.sft(n, 1, seeds, data=data)
+                # A negative weight turns the reward round.
+                selection[f"worst of {n} noises", data] = self.sft(n, 1, seeds, "shapes:-1", data=data)
+        return selection
+
+    def rates(self, table_1: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
+        """The methods of table 1 at a third and at three times their learning rate, first seed only."""
+        rates = {}
+        for label, (first, *_) in table_1.items():
+            if first.script == SFT:  # settings on given images have a comparison of their own
+                continue
             flags = {name: value for name, value in first.flags.items() if name not in FROM_UPDATES}
             rate = flags.pop("learning_rate")
             rates[label] = [
-                run(f"{word}_{first.name}", "rlhf", first.seed, rounds=first.rounds, learning_rate=changed, **flags)
+                self.run(f"{word}_{first.name}", first.script, first.seed, learning_rate=changed, **flags)
                 for word, changed in (("low", rate / 3), ("high", rate * 3))
             ]
-    searches = {
-        "best of n": [f"best_of_n:{k}" for k in size.search],
-        "zero order": [f"zero_order:{k}:{k + 1}" for k in range(1, len(size.search) + 1)],
-        "Demon": [f"demon:{k}" for k in size.search],
-        "path integral": [f"path_integral:{k}" for k in size.search],
-        "SMC": [f"smc:{k}" for k in size.search],
-    }
-    return Plan(table_1, settle, sweeps, selection, rates, searches)
+        return rates
+
+    def searches(self) -> dict[str, list[str]]:
+        """Search at inference, instead of training."""
+        search = self.size.search
+        return {
+            "best of n": [f"best_of_n:{k}" for k in search],
+            "zero order": [f"zero_order:{k}:{k + 1}" for k in range(1, len(search) + 1)],
+            "Demon": [f"demon:{k}" for k in search],
+            "path integral": [f"path_integral:{k}" for k in search],
+            "SMC": [f"smc:{k}" for k in search],
+        }
+
+
+def make_plan(size: Size, output_dir: Path, decode: float) -> Plan:
+    """All runs of the study; `decode` as of `Planner`."""
+    planner = Planner(size, output_dir, decode)
+    table_1 = planner.table_1()
+    return Plan(
+        table_1, planner.settle(), planner.sweeps(), planner.selection(), planner.rates(table_1), planner.searches()
+    )

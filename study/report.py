@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from study.plan import DATA, METRICS, ON_IMAGES, ON_SAMPLES, THE_LETTER, Plan, Run, Size
+from study.plan import Plan, Run
+from study.settings import DATA, METRICS, ON_IMAGES, ON_SAMPLES, THE_LETTER, Size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +110,7 @@ class Report:
         for label, runs in self.plan.table_1.items():
             run, wins = runs[0], np.mean([comparison["win_rate"] for comparison in self.of(runs)])
             diversity = np.mean([self.diversity(self._group_of[run.key], run.key) for run in runs])
-            spent = [f"{run.flags['learning_rate']:g}", f"{run.rounds * run.updates}", f"{run.compute / 1000:.0f}k"]
+            spent = [f"{run.flags['learning_rate']:g}", f"{run.updates}", f"{run.compute / 1000:.0f}k"]
             others = [signed(self.of(runs, metric)) for metric in METRICS]
             rows.append([label, *spent, signed(self.of(runs)), f"{wins:.2f}", *others, f"{diversity:.3f}"])
         return ["## Table 1: equal compute", markdown(header, rows)]

@@ -1,13 +1,16 @@
 """What tests share: a random and a trained tiny SDXL, images, one cache, and ways to run a script or reuse a run."""
 
+import hashlib
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 # Two busy processes with two threads each are ten times slower than one thread each.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -19,15 +22,45 @@ from tests.support.runs import ROOT, SCRIPTS, launcher_words
 from tiny_world.grader_server import GraderServer
 
 
+def pytest_collection_modifyitems(config, items):
+    """Side by side, the longest tests go first, so that no process waits for another at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """Give a folder that the first to ask for its name makes: once for all processes of pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each process has a folder of its own in it
+    root = root / "made_once"
+    root.mkdir(exist_ok=True)
+
+    def get(name, make):
+        folder, made = root / name, root / f"{name}.made"
+        with FileLock(root / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a failure left
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def world(made_once):
     """Paths of a random tiny SDXL, of a folder of 12 captioned images, and of a cache that all runs share."""
     from tiny_world.make_shapes_dataset import write_dataset
     from tiny_world.make_tiny_sdxl import build_random_sdxl
 
-    root = tmp_path_factory.mktemp("world")
-    build_random_sdxl(root / "model")
-    write_dataset(root / "shapes", num_images=12, seed=0)
+    def make(root):
+        build_random_sdxl(root / "model")
+        write_dataset(root / "shapes", num_images=12, seed=0)
+
+    root = made_once("world", make)
     return SimpleNamespace(root=root, model=root / "model", shapes=root / "shapes", cache=root / "cache")
 
 
@@ -165,27 +198,22 @@ def train(method):
 @pytest.fixture
 def no_result(monkeypatch):
     """Leave out the pipeline and the curve at the end of a run, a third of a tiny run's time."""
-    monkeypatch.setattr("sharpening.running.publishing.save_result", lambda *args: "nothing")
-    monkeypatch.setattr("sharpening.running.tracking.plot_rewards", lambda *args: None)
-
-
-@pytest.fixture(scope="session")
-def finished_runs():
-    return {}
+    monkeypatch.setattr("sharpening.run.Run.finish", lambda run, unet, ema: run.close())
 
 
 @pytest.fixture
-def trained_once(method, train, flags, finished_runs, request, tmp_path_factory):
+def trained_once(method, train, flags, made_once, request):
     """The folder of a run that the first test to ask for it makes; for reading only."""
 
     def run(**changes):
         command = flags(**changes, output_dir=None)
         key = (method, "no_result" in request.fixturenames, *command)
-        if key not in finished_runs:
-            folder = tmp_path_factory.mktemp("trained_once")
+        name = f"trained-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+
+        def make(folder):
             assert train([*command, f"--output_dir={folder}"]) == 0
-            finished_runs[key] = folder
-        return finished_runs[key]
+
+        return made_once(name, make)
 
     return run
 

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from sharpening.errors import UserError, reason
+from sharpening.files import write_aside
 
 # Part of every cache key: raise it when the meaning of what is stored changes.
 CACHE_VERSION = 1
@@ -28,18 +28,12 @@ def cache_folder(root: Path, kind: str, parts: Mapping[str, object], fill: Calla
         root.mkdir(parents=True, exist_ok=True)
     with _locked(root / f"{folder.name}.lock"):
         if not folder.is_dir():  # another process may have filled it while this one waited
-            partial_folder = root / f"{folder.name}.partial"
-            # A killed run left it: whoever writes holds the lock, and that is this process.
-            shutil.rmtree(partial_folder, ignore_errors=True)
-            with _blamed_on_cache_dir():
-                partial_folder.mkdir()
-            try:
-                shapes = fill(partial_folder)
+            with write_aside(folder) as aside:
                 with _blamed_on_cache_dir():
-                    (partial_folder / "about.json").write_text(json.dumps({**about, "shapes": shapes}, indent=2))
-                    partial_folder.rename(folder)
-            finally:
-                shutil.rmtree(partial_folder, ignore_errors=True)
+                    aside.mkdir()
+                shapes = fill(aside)
+                with _blamed_on_cache_dir():
+                    (aside / "about.json").write_text(json.dumps({**about, "shapes": shapes}, indent=2))
     return folder
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import datasets
 
-from sharpening.arguments import looks_local
 from sharpening.errors import UserError, reason
+from sharpening.files import looks_local
 
 FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 

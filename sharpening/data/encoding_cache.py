@@ -8,7 +8,6 @@ memory is about 100 bytes per distinct caption while the embeddings are written,
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sharpening.data.cache_folders import ArrowFile, cache_folder
+from sharpening.data.cache_keys import caption_digest, file_stamps, models
 from sharpening.data.captioned_images import read_captions, read_image, row_name, undecoded
 from sharpening.data.cropping import crop_and_resize
 from sharpening.draws import draw_generator
@@ -74,12 +74,12 @@ def cache_latents_and_embeddings(
     root = _cache_root(cache_dir)
     crop = {"resolution": resolution, "center_crop": center_crop, "random_flip": random_flip}
     latents_key = {
-        **_models(key, but="text"),
+        **models(key, but="text"),
         **crop,
         "seed": seed if random_flip or not center_crop else None,
         "image_column": image_column,
         "dataset": dataset._fingerprint,
-        "files": _file_stamps(dataset, image_column),
+        "files": file_stamps(dataset, image_column),
     }
     prepare = partial(_prepare, dataset, image_column, seed=seed, **crop)
     fill_latents = partial(_write_latents, dataset, image_column, prepare, encode_images, batch_size, dtype)
@@ -120,47 +120,10 @@ def _cached_embeddings(
     key: Mapping[str, str],
     dtype: torch.dtype,
 ) -> Path:
-    captions = _caption_digest(dataset, caption_column)
-    parts = {**_models(key, but="vae"), "captions": captions, "dtype": str(dtype)}
+    captions = caption_digest(dataset, caption_column)
+    parts = {**models(key, but="vae"), "captions": captions, "dtype": str(dtype)}
     fill = partial(_write_embeddings, dataset, caption_column, encode_prompts, batch_size, dtype)
     return cache_folder(root, "embeddings", parts, fill)
-
-
-def _models(key: Mapping[str, str], but: str) -> dict[str, str]:
-    return {f"key.{name}": value for name, value in key.items() if not name.startswith(but)}
-
-
-def _file_stamps(dataset: datasets.Dataset, image_column: str) -> str:
-    """A digest of size and time of every file the images come from.
-
-    A fingerprint alone does not see an Arrow file that was written again in place, nor an image replaced after the
-    data set that names it was built. Paths of images that are embedded in the data are names only, without a file.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(entry["filename"] for entry in dataset.cache_files):
-        digest.update(_stamp(file).encode())
-    paths = dataset.select_columns([image_column]).flatten().select_columns([f"{image_column}.path"])
-    with tqdm(total=len(dataset), desc="checking image files", unit="row", delay=1) as progress:
-        for table in paths.with_format("arrow").iter(batch_size=1000):
-            for path in table.column(0).to_pylist():
-                digest.update(_stamp(path or "").encode())
-            progress.update(len(table))
-    return digest.hexdigest()
-
-
-def _stamp(path: str) -> str:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return f"{path}\n"
-    return f"{os.path.basename(path)} {status.st_size} {status.st_mtime_ns}\n"
-
-
-def _caption_digest(dataset: datasets.Dataset, caption_column: str) -> str:
-    digest = hashlib.sha256()
-    for captions in read_captions(dataset, caption_column, "hashing captions"):
-        digest.update(json.dumps(captions).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def _prepare(

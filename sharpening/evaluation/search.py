@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sharpening.errors import UserError
-from sharpening.trajectory import Guide, Predict, Schedule, ddim_step, generate
+from sharpening.trajectory import Model, Schedule, ddim_step, generate
 
 UNSCORED = -1e30  # below any reward, yet finite: weights are computed from it
-Model = Callable[[Tensor], tuple[Predict, Guide | None]]
+ModelOf = Callable[[Tensor], Model]
 Judge = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -28,7 +28,7 @@ class Problem:
     """What a search works on, and what it has spent.
 
     Args:
-        model: `(rows) -> (predict, guide)` as `walk` takes them; rows (R,) are indices of prompts.
+        model_of: the model of some rows, as `walk` takes it; rows (R,) are indices of prompts.
         judge: `(latents (R, C, h, w), rows (R,)) -> rewards (R,)` float32 on the CPU, higher is better.
         schedule: the sampler's.
         shape: (C, h, w) of a latent.
@@ -39,7 +39,7 @@ class Problem:
 
     def __init__(
         self,
-        model: Model,
+        model_of: ModelOf,
         judge: Judge,
         schedule: Schedule,
         shape: Sequence[int],
@@ -47,7 +47,7 @@ class Problem:
         device: torch.device | str = "cpu",
         batch_size: int = 64,
     ):
-        self.model, self._judge, self.schedule = model, judge, schedule
+        self.model_of, self._judge, self.schedule = model_of, judge, schedule
         self.shape, self.prompts, self.device = tuple(shape), len(seeds), torch.device(device)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.batch_size = batch_size
@@ -63,36 +63,33 @@ class Problem:
         prompts = torch.arange(self.prompts).repeat_interleave(count)
         return [(rows, prompts[rows]) for rows in torch.arange(len(prompts)).split(self.batch_size)]
 
-    def callables(self, prompts: Tensor) -> tuple[Predict, Guide | None]:
+    def counted(self, prompts: Tensor) -> Model:
         """The model of some rows, given by their prompts; what passes through it is counted."""
-        predict, guide = self.model(prompts)
+        model = self.model_of(prompts)
 
-        def counted_predict(x: Tensor, t: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor) -> Tensor:
             self.rows += len(x)
-            return predict(x, t)
+            return model.predict(x, t)
 
-        def counted_guide(output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        def guide(output: Tensor, x: Tensor, t: Tensor) -> Tensor:
             self.rows += len(x)
-            return guide(output, x, t)
+            return model.guide(output, x, t)
 
-        return counted_predict, None if guide is None else counted_guide
+        return Model(predict, None if model.guide is None else guide)
 
     def generate(self, noise: Tensor, count: int) -> Tensor:
         """Clean latents of B * count noises by deterministic DDIM."""
-        latents = []
-        for rows, prompts in self.slices(count):
-            predict, guide = self.callables(prompts)
-            latents.append(generate(predict, self.schedule, noise[rows], guide))
-        return torch.cat(latents)
+        slices = self.slices(count)
+        return torch.cat([generate(self.counted(prompts), self.schedule, noise[rows]) for rows, prompts in slices])
 
     def estimate(self, x: Tensor, t: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The clean estimate and the noise estimate of B * count states at t (B * count,)."""
         estimates = []
         for rows, prompts in self.slices(count):
-            predict, guide = self.callables(prompts)
-            output = predict(x[rows], t[rows])
-            if guide is not None:
-                output = guide(output, x[rows], t[rows])
+            model = self.counted(prompts)
+            output = model.predict(x[rows], t[rows])
+            if model.guide is not None:
+                output = model.guide(output, x[rows], t[rows])
             estimates.append(self.schedule.clean_and_noise(output, x[rows], t[rows]))
         clean, noise = zip(*estimates, strict=True)
         return torch.cat(clean), torch.cat(noise)

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 
 from mllm_template import Template
 from sharpening.errors import first_line
+from sharpening.files import write_aside
 from sharpening.rewards.grades import Grades, grades_of
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,9 @@ class GradeCache:
         """Keep the grades, beside the prompt and the reply for people to read; warn if that cannot be done."""
         numbers = {**grades.aspects, "overall": grades.overall}
         entry = {"model": self.model, "prompt": prompt, "grades": numbers, "reply": reply}
-        path = self._path(key)
-        partial = path.with_suffix(f".{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(entry, ensure_ascii=False, indent=1), encoding="utf-8")
-            partial.replace(path)
+            with write_aside(self._path(key), shared=True) as aside:
+                aside.write_text(json.dumps(entry, ensure_ascii=False, indent=1), encoding="utf-8")
         except OSError as error:
             logger.warning(f"--cache_dir: grades cannot be kept ({first_line(error)}); they will be paid for again")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sharpening import flags
 from sharpening.errors import Stop, UserError, exit_status, first_line, require
+from sharpening.files import write_aside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,11 +198,9 @@ def write(path: Path, pairs: Sequence[tuple[Path, str]], scores: pd.DataFrame) -
 
     names, prompts = [file.name for file, _ in pairs], [prompt for _, prompt in pairs]
     rows = pd.DataFrame({"file_name": names, "prompt": prompts, **scores})
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    with write_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".json":  # not by pandas, which writes 15 digits at most
             records = rows.astype(object).where(rows.notna(), None).to_dict("records")
             json.dump(records, file, indent=1, ensure_ascii=False)
         else:
             rows.to_csv(file, index=False, lineterminator="\r\n")
-    partial.replace(path)

@@ -23,6 +23,7 @@ logger = get_logger(__name__)
 
 STATE_FILE = "state.json"  # written last: a checkpoint without it is incomplete
 PENDING_FILE = "pending_{}.pt"  # one for each process
+SHARED_FILE = "shared.pt"
 EMA_STATE_FILE = "ema.pt"  # beside the averaged adapter: the average itself and its count of steps
 
 
@@ -113,13 +114,14 @@ def register_checkpointing(
     ema: EMAModel | None,
     lr_scheduler: LRScheduler,
     pending: list[dict[str, Any]] | None = None,
+    shared: dict[str, Any] | None = None,
 ) -> None:
     """Make `save_state` and `load_state` cover the schedule, and the UNet and its average as diffusers folders.
 
     With an adapter (`--use_lora`) the adapter stands for the UNet: `lora` and `lora_ema` are what
-    `pipe.load_lora_weights` reads. `pending` is what every process on its own still has to use, made by weights that
-    are gone: latents (`--generation_reuse`), a reference (`--rounds`). It is read back into that same list, on the
-    CPU.
+    `pipe.load_lora_weights` reads. `pending` is what each process on its own still has to use, made by weights that
+    are gone, such as latents (`--generation_reuse`); `shared` is what all of them have alike, such as a reference
+    (`--rounds`). They are read back into that same list and dictionary, on the CPU.
     """
     lora = hasattr(unet, "peft_config")
 
@@ -129,6 +131,8 @@ def register_checkpointing(
             torch.save(pending, os.path.join(output_dir, PENDING_FILE.format(accelerator.process_index)))
         if not accelerator.is_main_process:
             return
+        if shared:
+            torch.save(shared, os.path.join(output_dir, SHARED_FILE))
         if not lora:
             unet.save_pretrained(os.path.join(output_dir, "unet"))
             if ema is not None:
@@ -145,6 +149,9 @@ def register_checkpointing(
         file = os.path.join(input_dir, PENDING_FILE.format(accelerator.process_index))
         if pending is not None and os.path.exists(file):
             pending[:] = torch.load(file, map_location="cpu", weights_only=True)
+        file = os.path.join(input_dir, SHARED_FILE)
+        if shared is not None and os.path.exists(file):
+            shared.update(torch.load(file, map_location="cpu", weights_only=True))
         if not os.path.isdir(os.path.join(input_dir, "lora" if lora else "unet")):
             written, remedy = ("without", "leave the flag out") if lora else ("with", "add the flag")
             raise UserError(f"--use_lora: {input_dir} was written {written} it; {remedy}, or start a new run")

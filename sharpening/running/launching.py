@@ -53,7 +53,7 @@ def memory_held(parameters: tuple[int, int], half: bool, adam_8bit: bool, ema: b
     """An estimate of what is always resident in a process: the UNet's weights, gradients, the optimizer's states, the
     average and a frozen copy as the reference. parameters: how many the UNet has, and how many of them train.
 
-    Activations, the other frozen models and the batch come on top; none grows with n or m.
+    Activations of `--train_rows` rows, the other frozen models and the batch come on top; none grows with n or m.
     """
     total, trained = parameters
     frozen_bytes = 2 if half else 4

@@ -1,6 +1,7 @@
 """The optimizer and the average of the weights."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from sharpening.errors import UserError
 
@@ -40,3 +42,17 @@ def make_ema(unet: UNet2DConditionModel, parameters: list[Parameter], decay: flo
     ema = EMAModel(parameters, decay=decay, model_cls=UNet2DConditionModel, model_config=unet.config)
     ema.to(unet.device)
     return ema
+
+
+def restart(optimizer: Optimizer, lr_scheduler: LRScheduler, first_rates: Mapping[str, Any]) -> None:
+    """Forget the optimizer's states, and go back to the learning rates of the scheduler's state `first_rates`."""
+    optimizer.state.clear()
+    lr_scheduler.load_state_dict(copy.deepcopy(first_rates))
+    for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+def restart_average(ema: EMAModel, parameters: list[Parameter]) -> None:
+    """Put the average into the parameters, and begin to average anew from there."""
+    ema.copy_to(parameters)
+    ema.optimization_step = 0

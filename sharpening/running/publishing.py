@@ -10,11 +10,8 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from sharpening.errors import UserError
+from sharpening.files import MODEL_MARKERS
 from sharpening.model_source import Source
-from sharpening.run_flags import LORA_FILE
-from sharpening.sdxl import save_lora
-
-MARKERS = ("model_index.json", LORA_FILE)  # what makes a folder a pipeline, or an adapter
 
 
 def save_pipeline(
@@ -31,16 +28,11 @@ def save_pipeline(
     pipeline.save_pretrained(folder)
 
 
-def save_adapter(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Write the adapter of a UNet as `pipe.load_lora_weights` reads it."""
-    save_lora(unet, folder)
-
-
 def replace_result(partial: Path, output_dir: Path) -> None:
     """Move the files of a finished result into place, the one that makes the folder what it is last."""
-    for marker in MARKERS:
+    for marker in MODEL_MARKERS:
         (output_dir / marker).unlink(missing_ok=True)
-    for path in sorted(partial.iterdir(), key=lambda path: path.name in MARKERS):
+    for path in sorted(partial.iterdir(), key=lambda path: path.name in MODEL_MARKERS):
         target = output_dir / path.name
         if target.is_dir():
             shutil.rmtree(target)
@@ -49,7 +41,7 @@ def replace_result(partial: Path, output_dir: Path) -> None:
 
 
 def model_card(
-    name: str, base: str, about: str, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int
+    name: str, base: str, about: str, tag: str, settings: Mapping[str, Any], last: Mapping[str, float]
 ) -> ModelCard:
     """The README.md of the result: hub metadata, how to load it, the settings and the last metrics of the run.
 
@@ -67,14 +59,14 @@ def model_card(
         base_model=None if Path(base).exists() else base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["stable-diffusion-xl", "text-to-image", "diffusion-sharpening", *(["lora"] if lora else [])],
+        tags=["stable-diffusion-xl", "text-to-image", tag, *(["lora"] if lora else [])],
     )
     rows = {name: value for name, value in sorted(settings.items()) if value not in (None, False)}
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {Path(name).name}\n\n"
-        f"`{base}` fine-tuned for {step} optimizer steps with {about}.\n\n"
+        f"`{base}` fine-tuned for {about}.\n\n"
         f"```python\nfrom diffusers import StableDiffusionXLPipeline\n\n{load}```\n\n"
-        + _table("Last metrics", ("metric", "value"), {name: f"{metrics[name]:.6g}" for name in sorted(metrics)})
+        + _table("Last metrics", ("metric", "value"), {name: f"{last[name]:.6g}" for name in sorted(last)})
         + _table("Settings", ("flag", "value"), {f"`{name}`": f"`{value}`" for name, value in rows.items()})
     )
 

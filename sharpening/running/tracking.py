@@ -5,6 +5,7 @@ import math
 import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,27 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+from sharpening.errors import UserError
+from sharpening.files import write_aside
 from sharpening.running.watch import Watch
+
+
+def start_trackers(accelerator: Accelerator, config: Mapping[str, Any], run_id: str, report_to: str) -> None:
+    """Start the trackers that `--report_to` names with the settings of the run; W&B continues the run `run_id`.
+
+    Raises:
+        UserError: a tracker cannot start.
+    """
+    config = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
+    options = {"dir": str(accelerator.logging_dir), "id": run_id, "resume": "allow"}
+    Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        accelerator.init_trackers("diffusion-sharpening", config=config, init_kwargs={"wandb": options})
+    except Exception as error:
+        raise UserError(
+            f"--report_to {report_to}: the tracker did not start ({type(error).__name__}: {error}); run "
+            "`wandb login`, set WANDB_MODE=offline, or choose --report_to tensorboard"
+        ) from error
 
 
 class StepLog:
@@ -61,9 +82,8 @@ class MetricsFile:
     def __init__(self, path: Path, start_step: int):
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= start_step] if start_step else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.rename(path)
+        with write_aside(path) as aside:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         with self.path.open("a") as file:

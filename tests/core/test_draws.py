@@ -2,9 +2,10 @@
 
 from collections import Counter
 
+import pytest
 import torch
 
-from sharpening.draws import DrawSampler, draw_generator
+from sharpening.draws import Draws, DrawSampler, draw_generator, draw_noise, timestep_probabilities
 
 
 def sampler(num_rows, batch_size=1, rank=0, world_size=1, accumulation_steps=1, seed=0, start_step=0, num_steps=10):
@@ -70,3 +71,58 @@ def test_generators_are_stable_and_independent():
         assert abs(float((x * y).mean())) < 4 / 20_000**0.5
     first = torch.cat([torch.randn(1, generator=draw_generator(0, draw, "a")) for draw in range(2000)])
     assert abs(float(first.mean())) < 0.1 and abs(float(first.std()) - 1) < 0.1
+
+
+SHAPE = (4, 2, 2)
+UNIFORM = timestep_probabilities(1000)
+
+
+def test_what_is_drawn_depends_on_the_draw_and_not_on_its_neighbours():
+    draws = Draws(3, UNIFORM, noise_offset=0.1, drop=0.5)
+    together, apart = draws.noising(range(40), 2, SHAPE), [draws.noising([draw], 2, SHAPE) for draw in range(40)]
+    for name in ("eps", "t", "dropped"):
+        assert torch.equal(getattr(together, name), torch.cat([getattr(one, name) for one in apart]))
+    assert together.eps.shape == (40, 2, *SHAPE) and len(set(together.t.tolist())) > 30
+    assert 8 < int(together.dropped.sum()) < 32
+    other = Draws(4, UNIFORM).noising(range(40), 2, SHAPE)
+    assert not torch.equal(other.eps, together.eps) and not torch.equal(other.t, together.t)
+
+
+def test_more_branches_leave_the_first_ones_as_they_are():
+    one, three = (Draws(0, UNIFORM).noising([7], n, SHAPE).eps for n in (1, 3))
+    assert torch.equal(three[:, :1], one) and not torch.equal(three[:, 1:2], one)
+
+
+def test_offset_is_one_constant_for_each_noise_and_channel():
+    plain, moved = (Draws(0, UNIFORM, noise_offset=scale).noising([1], 2, SHAPE).eps for scale in (0.0, 0.5))
+    offset = moved - plain
+    torch.testing.assert_close(offset, offset[..., :1, :1].expand_as(offset))
+    assert len(set((offset[0, :, :, 0, 0] * 1e4).round().flatten().tolist())) == 8
+
+
+def test_nothing_is_dropped_unless_asked_and_everything_at_one():
+    assert not Draws(0, UNIFORM).noising(range(50), 1, SHAPE).dropped.any()
+    assert Draws(0, UNIFORM, drop=1.0).noising(range(50), 1, SHAPE).dropped.all()
+
+
+def test_noise_of_a_generation_is_that_of_its_key():
+    by_draw, by_prompt = draw_noise(0, [3, 4], 2, SHAPE), draw_noise(0, ["a cat", "a dog", "a cat"], 2, SHAPE)
+    assert by_draw.shape == (2, 2, *SHAPE) and torch.equal(by_draw[1:], draw_noise(0, [4], 2, SHAPE))
+    assert torch.equal(by_prompt[0], by_prompt[2]) and not torch.equal(by_prompt[0], by_prompt[1])
+    assert not torch.equal(by_draw[0, 0], Draws(0, UNIFORM).noising([3], 1, SHAPE).eps[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "favoured"),
+    [
+        (("none", 5.0), range(0)),
+        (("earlier", 5.0, 0.3), range(300)),
+        (("later", 5.0, 0.3), range(700, 1000)),
+        (("range", 5.0, 0.3, 10, 20), range(10, 20)),
+    ],
+)
+def test_favoured_timesteps_are_the_multiplier_times_as_likely(options, favoured):
+    probabilities = timestep_probabilities(1000, *options)
+    assert float(probabilities.sum()) == pytest.approx(1)
+    ratios = (probabilities / probabilities.min()).tolist()
+    assert ratios == pytest.approx([5.0 if step in favoured else 1.0 for step in range(1000)], rel=1e-5)

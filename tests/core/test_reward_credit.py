@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sharpening import sdxl
-from sharpening.trajectory import begin_samples, generate, score_branches
+from sharpening.selection import begin_samples, score_branches
+from sharpening.trajectory import Branches, generate
 from tiny_world import shapes
 
 
@@ -22,10 +23,10 @@ def test_estimates_along_a_branch_tell_the_better_latent_at_low_noise_only(tiny_
         images = sdxl.decode_latents(tiny_sdxl.vae, latents, 96)
         return tiny_sdxl.reward.begin(images, [prompts[row] for row in rows])
 
-    every = torch.arange(len(prompts))
+    model = model_of(torch.arange(len(prompts)))
     with torch.no_grad():
-        latents = generate(*model_of(every)[:1], schedule, torch.randn(len(prompts), 4, 8, 8, generator=generator))
-    samples = begin_samples(judge, latents, every, 96)().rewards.view(-1, 2)
+        latents = generate(model, schedule, torch.randn(len(prompts), 4, 8, 8, generator=generator))
+    samples = begin_samples(judge, latents, 96)().rewards.view(-1, 2)
     difference = samples[:, 0] - samples[:, 1]
     far = difference.abs() > 0.2
     assert far.sum() > 40
@@ -33,7 +34,7 @@ def test_estimates_along_a_branch_tell_the_better_latent_at_low_noise_only(tiny_
     for timestep in (100, 900):
         t = torch.full((len(prompts),), timestep)
         eps = torch.randn(len(prompts) // 2, 4, 8, 8, generator=generator).repeat_interleave(2, 0)
-        scores = score_branches(model_of, judge, schedule, schedule.add_noise(latents, eps, t), t, 1, 96)
+        scores, _ = score_branches(model_of, judge, schedule, Branches.begin(schedule, latents, eps, t), 1, 96)
         estimates = scores.rewards.view(-1, 2)
         agree = (estimates[:, 0] > estimates[:, 1]) == (difference > 0)
         agreement[timestep] = float(agree[far].float().mean())

@@ -7,7 +7,8 @@ prefer. Given the state, selection of the best branch even makes the image of lo
 import pytest
 import torch
 
-from sharpening.trajectory import Schedule, score_branches, select
+from sharpening.selection import score_branches, select
+from sharpening.trajectory import Branches, Model, Schedule
 
 ALPHA_SQUARED = 0.3  # little is left of the image
 
@@ -22,13 +23,12 @@ def branches():
     x_0 = torch.randint(2, (images, 1), generator=generator).repeat_interleave(n, 0) * 2.0 - 1
     eps = torch.randn(images * n, 1, generator=generator)
     t = torch.zeros(images * n, dtype=torch.long)
-    x_t = schedule.add_noise(x_0, eps, t)
-    model = (lambda x, t: torch.tanh(alpha * x / variance), None)  # E[x_0 | x_t]
-    scores = score_branches(
-        lambda rows: model, lambda x0_hat, rows: lambda: (x0_hat.flatten(), {}), schedule, x_t, t, 1, len(x_t)
+    begun = Branches.begin(schedule, x_0, eps, t)
+    model = Model(lambda x, t: torch.tanh(alpha * x / variance))  # E[x_0 | x_t]
+    scores, _ = score_branches(
+        lambda rows: model, lambda x0_hat, rows: lambda: (x0_hat.flatten(), {}), schedule, begun, 1, len(t)
     )
-    selection = select(scores.rewards.view(images, n, 1), scores.active.view(images, n, 1))
-    return x_0.view(images, n), x_t.view(images, n), selection
+    return x_0.view(images, n), begun.x_t.view(images, n), select(scores.rewards, scores.active, n)
 
 
 def chosen(part, branch):

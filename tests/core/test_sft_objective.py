@@ -1,18 +1,25 @@
 """The objective of the SFT script: gradients against float64 autograd, standard fine-tuning, and flat memory."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from benchmarks.memory import LiveMemory
 from sharpening import sdxl
-from sharpening.trajectory import Schedule, score_branches, select
-from tests.support.objective import ConvolutionalDenoiser, LiveMemory, double_precision, gradient, problem
+from sharpening.regression import Regression
+from sharpening.selection import score_branches, select
+from sharpening.trajectory import Branches, Path, Schedule, outputs_through_sampler, walk_path
+from tests.support.objective import (
+    ConvolutionalDenoiser,
+    default_dtype,
+    denoiser,
+    double_precision,
+    double_schedule,
+    gradient,
+    problem,
+)
 from tiny_world.make_tiny_sdxl import make_pipeline
-from train_sft_diffusion_sharpening_sdxl import sft_losses
-
-OPTIONS = SimpleNamespace(backprop_through_sampler=False, branch_target="noise", snr_gamma=None)
+from train_sft_diffusion_sharpening_sdxl import sft_weights
 
 
 @pytest.fixture(scope="module")
@@ -25,34 +32,51 @@ def double_pipeline():
     return double_precision(make_pipeline(seed=0))
 
 
-def two_pass(unet, condition, schedule, x_0, eps, t, n, m, args=OPTIONS, batch_size=2):
-    """SCORE, SELECT and TRAIN as the script does them; the gradient is left in the parameters."""
-    unconditional = sdxl.Unconditional(torch.zeros_like(condition.embeds[:1]), torch.zeros_like(condition.pooled[:1]))
-    x_t = schedule.add_noise(x_0, eps, t)
-    scores = score_branches(
-        lambda rows: sdxl.branch_model(unet, condition.rows(rows // n), unconditional, 1.0),
-        lambda x0_hat, rows: lambda: (x0_hat.mean((1, 2, 3)).float(), {}),
-        schedule,
-        x_t,
-        t,
-        m,
-        batch_size,
-    )
-    prompts = len(x_t) // n
-    selection = select(scores.rewards.view(prompts, n, m), scores.active.view(prompts, n, m))
-    best = torch.arange(prompts) * n + selection.best
-    predict, guide = sdxl.branch_model(unet, condition, unconditional, 1.0)
+def judge(x0_hat, rows):
+    return lambda: (x0_hat.mean((1, 2, 3)).float(), {})
+
+
+def weights_of(active, usable, like):
+    with default_dtype(like.dtype):
+        return sft_weights(active, usable)
+
+
+def regress(unet, regression, chosen, path, condition, weights, train_rows):
+    """TRAIN on rows in slices: the loss; the gradient is left in the parameters."""
     unet.zero_grad(set_to_none=False)
-    total, pending = 0.0, 0.0
-    losses = list if args.backprop_through_sampler else iter
-    for loss in losses(
-        sft_losses(args, predict, guide, schedule, x_t[best], t[best], x_0[best], eps[best], scores.active[best])
-    ):
-        pending = pending + loss if args.backprop_through_sampler else loss.backward()
+    total = 0.0
+    for rows in regression.rows(chosen, path, condition, weights).split(train_rows):
+        loss = rows.loss(sdxl.predict_output(unet, rows.x, rows.t, rows.condition))
+        loss.backward()
         total += float(loss.detach())
-    if args.backprop_through_sampler:
-        pending.backward()
-    return total, selection
+    return total
+
+
+def train(
+    unet, condition, regression, x_0, eps, t, n, m, through_sampler=False, train_rows=2, batch_size=2, choices=None
+):
+    """SAMPLE to TRAIN as the script does them: the loss; the gradient is left in the parameters."""
+    schedule, prompts = regression.schedule, len(t) // n
+    branches = Branches.begin(schedule, x_0, eps, t)
+    walking = denoiser(unet, condition.rows(torch.arange(len(t)) // n))
+    best, usable = torch.arange(prompts), torch.ones(prompts, dtype=torch.bool)
+    if n == 1:
+        path = walk_path(walking.rows, schedule, branches, m, batch_size, outputs=False)
+    else:
+        scores, path = score_branches(walking.rows, judge, schedule, branches, m, batch_size)
+        selection = select(scores.rewards, scores.active, n)
+        best, usable = selection.best_rows, selection.scored.any(1)
+    if choices is not None:
+        choices.append(best % n)
+    chosen, path = branches.rows(best), path.rows(best)
+    weights = weights_of(path.active, usable, x_0)
+    if not through_sampler:
+        return regress(unet, regression, chosen, path, condition, weights, train_rows)
+    unet.zero_grad(set_to_none=False)
+    output = outputs_through_sampler(denoiser(unet, condition).model(), schedule, chosen, m)
+    loss = (weights * regression.errors(chosen, path, output)).sum()
+    loss.backward()
+    return float(loss.detach())
 
 
 def whole_objective(unet, condition, x_0, eps, t, n, m, through_sampler=False):
@@ -90,14 +114,10 @@ def whole_objective(unet, condition, x_0, eps, t, n, m, through_sampler=False):
 @pytest.mark.parametrize("prompts", [1, 4])
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("m", [1, 3])
-def test_two_pass_gradient_equals_autograd_of_the_whole_objective(double_pipeline, prompts, n, m, through_sampler):
-    schedule = Schedule.from_config(double_pipeline.scheduler.config, 25)
-    schedule = Schedule(
-        schedule.alphas_cumprod.double(), float(schedule.alphas_cumprod[0]), "epsilon", 40, schedule.timesteps
-    )
+def test_gradient_equals_autograd_of_the_whole_objective(double_pipeline, prompts, n, m, through_sampler):
     unet, condition, x_0, eps, t = problem(double_pipeline, prompts, n, torch.float64)
-    args = SimpleNamespace(**{**vars(OPTIONS), "backprop_through_sampler": through_sampler})
-    loss, _ = two_pass(unet, condition, schedule, x_0, eps, t, n, m, args)
+    regression = Regression(double_schedule(double_pipeline))
+    loss = train(unet, condition, regression, x_0, eps, t, n, m, through_sampler)
     ours = gradient(unet).clone()
     unet.zero_grad()
     expected = whole_objective(unet, condition, x_0, eps, t, n, m, through_sampler)
@@ -106,26 +126,47 @@ def test_two_pass_gradient_equals_autograd_of_the_whole_objective(double_pipelin
     assert (ours - gradient(unet)).norm() <= 1e-10 * gradient(unet).norm()
 
 
+@pytest.mark.parametrize("options", [{}, {"kind": "consistent", "snr_gamma": 5.0}], ids=["published", "consistent"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_any_slicing_gives_one_gradient(double_pipeline, n, options):
+    unet, condition, x_0, eps, t = problem(double_pipeline, 4, n, torch.float64)
+    regression = Regression(double_schedule(double_pipeline), **options)
+    whole = train(unet, condition, regression, x_0, eps, t, n, 3, train_rows=100)
+    expected = gradient(unet).clone()
+    assert expected.norm() > 0
+    for train_rows in (1, 3):
+        loss = train(unet, condition, regression, x_0, eps, t, n, 3, train_rows=train_rows)
+        assert loss == pytest.approx(whole, rel=1e-10)
+        assert (gradient(unet) - expected).norm() <= 1e-10 * expected.norm()
+
+
 def test_prompt_without_any_score_carries_no_gradient(pipeline):
     """The other prompt's gradient is what it is beside a prompt that has scores: the divisor stays the batch."""
-    n, m = 1, 3
-    unet, condition, x_0, eps, t = problem(pipeline, 2, n, torch.float32, torch.tensor([400, 900]))
-    predict = sdxl.branch_model(unet, condition, None, 1.0)[0]
-    first = sdxl.branch_model(unet, condition.rows(torch.tensor([0])), None, 1.0)[0]
-    schedule = Schedule.from_config(pipeline.scheduler.config, 25)
-    x_t, active = schedule.add_noise(x_0, eps, t), torch.ones(2, m, dtype=torch.bool)
-    active[1] = False
+    m = 3
+    unet, condition, x_0, eps, t = problem(pipeline, 2, 1, torch.float32, torch.tensor([400, 900]))
+    regression = Regression(Schedule.from_config(pipeline.scheduler.config, 25))
+    branches = Branches.begin(regression.schedule, x_0, eps, t)
+    path = walk_path(denoiser(unet, condition).rows, regression.schedule, branches, m, 2, outputs=False)
 
-    def gradient_of(predict, rows, active):
-        unet.zero_grad(set_to_none=False)
-        losses = sft_losses(OPTIONS, predict, None, schedule, x_t[rows], t[rows], x_0[rows], eps[rows], active)
-        sum(losses).backward()
-        return gradient(unet)
+    def gradient_of(count, usable):
+        rows = torch.arange(count)
+        part = path.rows(rows)
+        weights = sft_weights(part.active, torch.tensor(usable))
+        regress(unet, regression, branches.rows(rows), part, condition.rows(rows), weights, 100)
+        return gradient(unet).clone()
 
-    both, alone = gradient_of(predict, slice(2), active), gradient_of(first, slice(1), active[:1])
+    both, alone = gradient_of(2, [True, False]), gradient_of(1, [True])
     assert both.isfinite().all() and both.norm() > 0
     assert (2 * both - alone).norm() < 1e-5 * alone.norm()
-    assert gradient_of(predict, slice(2), torch.zeros(2, m, dtype=torch.bool)).abs().max() == 0
+    assert gradient_of(2, [False, False]).abs().max() == 0
+
+
+def test_weights_are_means_over_steps_and_prompts():
+    active = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    weights = sft_weights(active, torch.tensor([True, True, False]))
+    third = 1 / 3
+    expected = torch.tensor([[third, third, third], [1, 0, 0], [0, 0, 0]]) / 3
+    torch.testing.assert_close(weights, expected)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -134,8 +175,7 @@ def test_one_branch_of_one_step_is_standard_fine_tuning(pipeline, prediction_typ
     """Equal loss and gradient to a plain diffusers training step on the same noise, Min-SNR weighting included."""
     unet, condition, x_0, eps, t = problem(pipeline, 4, 1, torch.float32)
     schedule = Schedule.from_config(pipeline.scheduler.config, 25, prediction_type)
-    args = SimpleNamespace(**{**vars(OPTIONS), "snr_gamma": snr_gamma})
-    loss, _ = two_pass(unet, condition, schedule, x_0, eps, t, 1, 1, args)
+    loss = train(unet, condition, Regression(schedule, snr_gamma=snr_gamma), x_0, eps, t, 1, 1)
     ours = gradient(unet).clone()
 
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
@@ -154,32 +194,49 @@ def test_one_branch_of_one_step_is_standard_fine_tuning(pipeline, prediction_typ
 
 
 def test_permuting_prompts_permutes_choices_and_keeps_the_gradient(pipeline):
-    schedule = Schedule.from_config(pipeline.scheduler.config, 25)
+    regression = Regression(Schedule.from_config(pipeline.scheduler.config, 25))
     unet, condition, x_0, eps, t = problem(pipeline, 4, 3, torch.float64)
-    loss, selection = two_pass(unet, condition, schedule, x_0, eps, t, 3, 3)
+    choices = []
+    loss = train(unet, condition, regression, x_0, eps, t, 3, 3, choices=choices)
     before = gradient(unet).clone()
     permutation = torch.tensor([2, 0, 3, 1])
     rows = (permutation[:, None] * 3 + torch.arange(3)).flatten()
-    permuted = two_pass(unet, condition.rows(permutation), schedule, x_0[rows], eps[rows], t[rows], 3, 3)
-    assert permuted[0] == pytest.approx(loss, rel=1e-6)
-    assert torch.equal(permuted[1].best, selection.best[permutation])
+    permuted = (condition.rows(permutation), regression, x_0[rows], eps[rows], t[rows])
+    assert train(unet, *permuted, 3, 3, choices=choices) == pytest.approx(loss, rel=1e-6)
+    assert torch.equal(choices[1], choices[0][permutation])
     assert (gradient(unet) - before).norm() <= 1e-6 * before.norm()
 
 
-def test_peak_memory_is_flat_in_branches_and_steps(pipeline):
-    schedule, unet = Schedule.from_config(pipeline.scheduler.config, 25), ConvolutionalDenoiser()
-    peaks = {}
-    for n in (1, 3, 8):
-        for m in (1, 3, 8):
-            _, *rest = problem(pipeline, 1, n, torch.float32, torch.tensor([981]), size=32)
-            condition, x_0, eps, t = rest
-            for parameter in unet.parameters():  # as in every optimizer step that accumulates, m = 1 included
-                parameter.grad = torch.zeros_like(parameter)
-            with LiveMemory() as memory:
-                two_pass(unet, condition, schedule, x_0, eps, t, n, m, batch_size=1)
-            peaks[n, m] = memory.peak
-    assert max(peaks.values()) <= 1.1 * min(peaks.values()), peaks
-    joint = SimpleNamespace(**{**vars(OPTIONS), "backprop_through_sampler": True})
-    with LiveMemory() as memory:
-        two_pass(unet, condition, schedule, x_0, eps, t, 8, 8, joint, batch_size=1)
-    assert memory.peak > 2 * max(peaks.values())  # the measure does see what a joint graph costs
+def test_peak_memory_is_flat_in_branches_and_steps_and_grows_with_rows_alone(pipeline):
+    unet = ConvolutionalDenoiser()
+    regression = Regression(Schedule.from_config(pipeline.scheduler.config, 25))
+
+    def peak(n, m, train_rows=1, through_sampler=False):
+        _, condition, x_0, eps, t = problem(pipeline, 1, n, torch.float32, torch.tensor([981]), size=32)
+        for parameter in unet.parameters():  # as in every optimizer step that accumulates, m = 1 included
+            parameter.grad = torch.zeros_like(parameter)
+        with LiveMemory() as memory:
+            train(unet, condition, regression, x_0, eps, t, n, m, through_sampler, train_rows, batch_size=1)
+        return memory.peak
+
+    for train_rows, steps in ((1, (1, 3, 8)), (3, (3, 8))):
+        peaks = {(n, m): peak(n, m, train_rows) for n in (1, 3, 8) for m in steps}
+        assert max(peaks.values()) <= 1.1 * min(peaks.values()), peaks
+        # The measure does see what rows and a joint graph cost.
+        assert min(peaks.values()) > 0.8 * train_rows * peak(1, 1)
+        assert peak(3, 8, train_rows, through_sampler=True) > 1.5 * max(peaks.values())
+
+
+def test_inactive_steps_are_no_rows(pipeline):
+    """A state below t = 0 is neither trained on nor counted, whatever it holds."""
+    unet, condition, x_0, eps, t = problem(pipeline, 2, 1, torch.float32)  # the first ends after one step of three
+    regression = Regression(Schedule.from_config(pipeline.scheduler.config, 25))
+    branches = Branches.begin(regression.schedule, x_0, eps, t)
+    path = walk_path(denoiser(unet, condition).rows, regression.schedule, branches, 3, 2, outputs=False)
+    assert path.active.tolist() == [[True, False, False], [True, True, True]]
+    spoiled = Path(path.x.masked_fill(~path.active[..., None, None, None], torch.nan), path.t, path.active)
+    weights = sft_weights(path.active, torch.ones(2, dtype=torch.bool))
+    rows = regression.rows(branches, spoiled, condition, weights)
+    assert rows.t.tolist() == [5, 981, 941, 901] and rows.x.isfinite().all()
+    assert rows.weight.tolist() == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
+    assert torch.equal(rows.condition.pooled, condition.pooled[[0, 1, 1, 1]])

@@ -1,38 +1,23 @@
 """The mathematics of `sharpening.trajectory` against hand computation and against diffusers."""
 
-import math
-
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from sharpening.trajectory import (
+    Branches,
+    Model,
+    Path,
     Schedule,
-    Step,
-    begin_samples,
-    branch_target,
     classifier_free_guidance,
     ddim_step,
     generate,
-    masked_mean,
-    score_branches,
-    select,
-    squared_error,
+    outputs_through_sampler,
     walk,
+    walk_path,
 )
-
-SDXL = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-    "prediction_type": "epsilon",
-}
+from tests.support.objective import SDXL
 
 
 def hand_schedule(prediction_type="epsilon", stride=1):
@@ -45,7 +30,7 @@ def test_walk_by_hand():
     # x_1 = 2 with a model that always answers 0.5: x0 = (2 - .8 * .5) / .6 = 8/3, then .8 * 8/3 + .6 * .5 = 73/30;
     # at t = 0: x0 = (73/30 - .6 * .5) / .8 = 8/3 again, because a constant noise leads to the same clean value.
     x = torch.tensor([[2.0]], dtype=torch.float64)
-    steps = list(walk(lambda x, t: torch.full_like(x, 0.5), hand_schedule(), x, torch.tensor([1]), 3))
+    steps = list(walk(Model(lambda x, t: torch.full_like(x, 0.5)), hand_schedule(), x, torch.tensor([1]), 3))
     assert [step.x.item() for step in steps] == pytest.approx([2, 73 / 30, 8 / 3])
     assert [step.t.item() for step in steps] == [1, 0, 0]
     assert [step.active.item() for step in steps] == [True, True, False]
@@ -121,7 +106,8 @@ def test_generate_equals_a_diffusers_sampling_loop(spacing):
         t = timestep.expand(3)
         guided = unconditional(x, t) + 4 * (predict(x, t) - unconditional(x, t))
         x = scheduler.step(guided, timestep, x).prev_sample
-    ours = generate(predict, Schedule.from_config(config, 10), start, classifier_free_guidance(unconditional, 4.0))
+    model = Model(predict, classifier_free_guidance(unconditional, 4.0))
+    ours = generate(model, Schedule.from_config(config, 10), start)
     torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
 
 
@@ -134,129 +120,13 @@ def test_scheduler_of_another_class_does_not_clip_latents():
 
 def test_states_carry_no_gradient_unless_asked():
     weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    predict = lambda x, t: weight * x  # noqa: E731
+    model = Model(lambda x, t: weight * x)
     x = torch.ones(1, 1, dtype=torch.float64)
-    detached = list(walk(predict, hand_schedule(), x, torch.tensor([2]), 2))
+    detached = list(walk(model, hand_schedule(), x, torch.tensor([2]), 2))
     assert not detached[1].x.requires_grad
-    joint = list(walk(predict, hand_schedule(), x, torch.tensor([2]), 2, detach=False))
+    joint = list(walk(model, hand_schedule(), x, torch.tensor([2]), 2, detach=False))
     assert joint[1].x.requires_grad
     assert detached[1].x.item() == joint[1].x.item()
-
-
-def test_masked_mean_ignores_inactive_values():
-    values = torch.tensor([[1.0, 2.0, math.nan], [3.0, 5.0, 10.0]])
-    active = torch.tensor([[True, True, False], [True, True, True]])
-    assert masked_mean(values, active).tolist() == [1.5, 6.0]
-
-
-def test_selection_by_hand():
-    rewards = torch.tensor([[[1.0, 2.0], [5.0, 0.0], [0.0, 0.0]], [[9.0, 99.0], [8.0, -99.0], [9.0, 0.0]]])
-    active = torch.tensor([[[True, True]] * 3, [[True, False]] * 3])
-    chosen = select(rewards, active)
-    assert chosen.branch_reward.tolist() == [[1.5, 2.5, 0.0], [9.0, 8.0, 9.0]]
-    assert chosen.best.tolist() == [1, 0]
-    assert chosen.worst.tolist() == [2, 1]
-    assert chosen.tied.tolist() == [False, False]
-    assert select(torch.ones(1, 3, 2), torch.ones(1, 3, 2, dtype=torch.bool)).tied.tolist() == [True]
-
-
-def test_branch_without_a_score_is_never_chosen():
-    nan = float("nan")
-    rewards = torch.tensor(
-        [
-            [[9.0, nan], [1.0, 2.0], [3.0, 4.0]],  # the best-looking branch lacks one score
-            [[-9.0, nan], [1.0, 2.0], [3.0, 4.0]],  # so does the worst-looking one
-            [[nan, nan], [-7.0, -7.0], [nan, 0.0]],  # one branch left
-            [[nan, nan], [nan, 1.0], [1.0, nan]],  # none left
-            [[1.0, nan], [2.0, nan], [0.5, nan]],  # what is not active may be anything
-        ]
-    )
-    active = torch.ones(5, 3, 2, dtype=torch.bool)
-    active[4, :, 1] = False
-    chosen = select(rewards, active)
-    assert chosen.scored.tolist() == [[False, True, True]] * 2 + [[False, True, False], [False] * 3, [True] * 3]
-    assert chosen.best[[0, 1, 2, 4]].tolist() == [2, 2, 1, 1]
-    assert chosen.worst[[0, 1, 2, 4]].tolist() == [1, 1, 1, 2]
-    assert chosen.tied.tolist() == [False, False, True, False, False]
-
-
-def test_permuting_prompts_permutes_choices():
-    rewards = torch.randn(4, 3, 5) + torch.arange(4).view(4, 1, 1) * 100  # one prompt outbids all others
-    active = torch.ones(4, 3, 5, dtype=torch.bool)
-    permutation = torch.tensor([2, 0, 3, 1])
-    before, after = select(rewards, active), select(rewards[permutation], active)
-    assert torch.equal(after.best, before.best[permutation])
-    assert torch.equal(after.worst, before.worst[permutation])
-    assert (before.branch_reward.argmax(1) == before.best).all()
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 12])
-def test_scoring_in_slices_equals_scoring_at_once_and_never_mixes_prompts(batch_size):
-    schedule = Schedule.from_config(SDXL, 25)
-    prompts_of_rows = torch.arange(12) // 3
-    x_t, t = torch.randn(12, 2, 2, 2), torch.tensor([0, 30, 79, 500]).repeat_interleave(3)
-    seen = []
-
-    def model(rows):
-        scale = (prompts_of_rows[rows] + 1).view(-1, 1, 1, 1) / 10  # a prompt's own model
-        return lambda x, t: scale * x, None
-
-    def judge(x0_hat, rows):
-        seen.extend(rows.tolist())
-        verdict = x0_hat.mean((1, 2, 3)) + prompts_of_rows[rows], {"mean": x0_hat.mean((1, 2, 3))}
-        return lambda: verdict
-
-    scores = score_branches(model, judge, schedule, x_t, t, 3, batch_size, keep_path=True)
-    whole = score_branches(model, judge, schedule, x_t, t, 3, 12)
-    torch.testing.assert_close(scores.rewards, whole.rewards)
-    torch.testing.assert_close(scores.last_estimate, whole.last_estimate)
-    torch.testing.assert_close(scores.components["mean"], whole.components["mean"], equal_nan=True)
-    assert torch.equal(scores.components["mean"].isnan(), ~scores.active)
-    assert torch.equal(torch.stack([point.active for point in scores.path], 1), scores.active) and whole.path == []
-    assert scores.active.sum(1).tolist() == [1] * 6 + [2] * 3 + [3] * 3
-    assert len(seen) == 2 * int(scores.active.sum())  # inactive steps are never decoded or judged
-    for row in range(12):
-        scale = (row // 3 + 1) / 10
-        alone = list(walk(lambda x, t, s=scale: s * x, schedule, x_t[row : row + 1], t[row : row + 1], 3))
-        for k, point in enumerate(alone):
-            kept = scores.path[k].rows(torch.tensor([row]))
-            if point.active:
-                torch.testing.assert_close(kept, point)
-            expected = float(point.x0_hat.mean()) + row // 3 if point.active else 0.0
-            assert scores.rewards[row, k].item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_no_reward_is_waited_for_before_every_step_is_walked():
-    schedule, events = Schedule.from_config(SDXL, 25), []
-
-    def predict(x, t):
-        events.append("forward")
-        return x
-
-    def judge(latents, rows):
-        events.append("begin")
-        return lambda: events.append("wait") or (latents.mean((1, 2, 3)), {})
-
-    x_t, t = torch.randn(4, 2, 2, 2), torch.full((4,), 500)
-    scores = score_branches(lambda rows: (predict, None), judge, schedule, x_t, t, 3, batch_size=2)
-    assert events == ["forward", "begin"] * 6 + ["wait"] * 6
-    events.clear()
-    samples = begin_samples(judge, scores.last_estimate, torch.arange(4), batch_size=2)()
-    assert events == ["begin"] * 2 + ["wait"] * 2
-    torch.testing.assert_close(samples.rewards[:, 0], scores.rewards[:, 2])
-
-
-def test_branch_targets_agree_at_the_first_step_and_part_after():
-    schedule = Schedule.from_config(SDXL, 25)
-    x_0, eps, t = torch.randn(2, 4), torch.randn(2, 4), torch.tensor([800, 300])
-    steps = list(walk(lambda x, t: torch.tanh(x), schedule, schedule.add_noise(x_0, eps, t), t, 2))
-    targets = [[branch_target(schedule, step, x_0, eps, kind) for step in steps] for kind in ("noise", "consistent")]
-    torch.testing.assert_close(targets[0][0], targets[1][0], rtol=1e-4, atol=1e-4)
-    assert torch.equal(targets[0][1], eps)
-    # A model that outputs the consistent target lands on the clean latent.
-    clean, _ = schedule.clean_and_noise(targets[1][1], steps[1].x, steps[1].t)
-    torch.testing.assert_close(clean, x_0, rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(targets[0][1], targets[1][1], atol=1e-2)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -269,17 +139,85 @@ def test_min_snr_weight_equals_the_diffusers_recipe(prediction_type):
     torch.testing.assert_close(schedule.min_snr_weight(t, 5.0), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_squared_error_is_the_mse_of_each_row():
-    output, target = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
-    for row, value in enumerate(squared_error(output, target)):
-        torch.testing.assert_close(value, torch.nn.functional.mse_loss(output[row], target[row]))
-
-
 def test_guidance_extrapolates_from_the_unconditional_output():
     guide = classifier_free_guidance(lambda x, t: torch.zeros_like(x), 5.0)
     assert guide(torch.ones(2), torch.ones(2), torch.zeros(2)).tolist() == [5.0, 5.0]
 
 
-def test_target_of_a_sample_model_is_the_clean_latent():
-    step = Step(torch.ones(1, 1), torch.tensor([1]), None, None, torch.tensor([True]))
-    assert branch_target(hand_schedule("sample"), step, torch.full((1, 1), 7.0), torch.ones(1, 1), "noise").item() == 7
+def walked(steps, batch_size=2, outputs=False):
+    """The states of branches that end early, late and not at all, and the branches and model they came from."""
+    schedule, generator = Schedule.from_config(SDXL, 25), torch.Generator().manual_seed(0)
+    x_0, eps = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    branches = Branches.begin(schedule, x_0, eps, torch.tensor([0, 39, 40, 79, 900]))
+    scale = torch.arange(1, 6, dtype=torch.float64)[:, None] / 10  # a model of each row's own
+    seen = []
+
+    def model_of(rows):
+        return Model(lambda x, t: seen.append(len(x)) or torch.tanh(scale[rows] * x))
+
+    path = walk_path(model_of, schedule, branches, steps, batch_size, outputs)
+    return path, branches, schedule, model_of, seen
+
+
+def test_branches_begin_at_their_noisy_latents_and_rows_keep_together():
+    _, branches, schedule, _, _ = walked(1)
+    assert torch.equal(branches.x_t, schedule.add_noise(branches.x_0, branches.eps, branches.t))
+    some = branches.rows(torch.tensor([4, 1]))
+    assert some.t.tolist() == [900, 39]
+    assert all(torch.equal(part, whole[[4, 1]]) for part, whole in zip(some, branches, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_states_are_those_of_the_walk_and_the_last_costs_no_forward(batch_size):
+    path, branches, schedule, model_of, seen = walked(3, batch_size)
+    assert sum(seen) == 5 * 2
+    assert path.active.tolist() == [[True] + [False] * 2, [True] + [False] * 2] + [[True, True, False]] * 2 + [
+        [True] * 3
+    ]
+    assert path.output is None
+    for row in range(5):
+        index = torch.tensor([row])
+        part = branches.rows(index)
+        for k, point in enumerate(walk(model_of(index), schedule, part.x_t, part.t, 3)):
+            assert path.active[row, k] == point.active and path.t[row, k] == point.t
+            if point.active:
+                torch.testing.assert_close(path.x[row, k], point.x[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_with_outputs_the_last_state_costs_a_forward_too_and_all_are_kept(steps):
+    path, _, _, model_of, seen = walked(steps, outputs=True)
+    assert sum(seen) == 5 * steps
+    without = walked(steps)[0]
+    assert torch.equal(path.active, without.active)
+    assert torch.equal(path.x[path.active], without.x[path.active])
+    for row in range(5):
+        output = model_of(torch.tensor([row])).predict(path.x[row], path.t[row])
+        torch.testing.assert_close(path.output[row], output, rtol=1e-12, atol=1e-12)
+
+
+def test_states_of_one_step_need_no_model():
+    path, branches, _, _, seen = walked(1)
+    assert seen == []
+    assert torch.equal(path.x[:, 0], branches.x_t) and torch.equal(path.t[:, 0], branches.t) and path.active.all()
+
+
+def test_rows_and_first_steps_of_a_path():
+    x, t = torch.randn(3, 4, 2), torch.arange(12).view(3, 4)
+    path = Path(x, t, t > 5, x + 1)
+    some = path.rows(torch.tensor([2, 0])).first(2)
+    assert torch.equal(some.x, x[[2, 0], :2]) and torch.equal(some.output, x[[2, 0], :2] + 1)
+    assert some.t.tolist() == [[8, 9], [0, 1]] and some.active.tolist() == [[True, True], [False, False]]
+    assert Path(x, t, t > 5).rows(torch.tensor([1])).first(1).output is None
+
+
+def test_outputs_through_the_sampler_are_those_of_the_walk_and_reach_every_earlier_step():
+    schedule, weight = Schedule.from_config(SDXL, 25), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    branches = Branches.begin(schedule, x, x, torch.tensor([900, 500]))
+    model = Model(lambda x, t: weight * x)
+    outputs = outputs_through_sampler(model, schedule, branches, 3)
+    detached = torch.stack([point.output for point in walk(model, schedule, branches.x_t, branches.t, 3)], 1)
+    torch.testing.assert_close(outputs, detached)
+    (through,), (cut) = (torch.autograd.grad(part[:, 2].sum(), weight) for part in (outputs, detached))
+    assert abs(float(through - cut[0])) > 1e-3

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sharpening.data.cache_folders import ArrowFile
 from sharpening.data.cropping import crop_and_resize
 from sharpening.data.encoding_cache import collate
 from sharpening.draws import DrawSampler
@@ -250,16 +248,6 @@ def test_a_cache_folder_that_takes_no_files_is_named(tmp_path, five):
         cache(tmp_path, five, cache_dir=str(tmp_path / "file"))
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_is_named():
-    schema = {"column": pa.binary()}
-    with (
-        pytest.raises(UserError, match=r"--cache_dir.*free space"),
-        ArrowFile(Path("/dev/full"), schema, 1) as file,
-    ):
-        file.add({"column": b"x" * 2**20})
-
-
 class Fatal(Encoders):
     """Dies, uncleanly, in its second batch."""
 
@@ -368,7 +356,7 @@ def test_workers_change_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_importing_the_modules_loads_no_model_library():
-    code = "import sys; from sharpening import captioned_images, encoding_cache, prompts\n"
+    code = "import sys; from sharpening.data import captioned_images, encoding_cache, prompts\n"
     code += "print([m for m in ('transformers', 'diffusers') if m in sys.modules])"
     root = Path(__file__).parents[2]
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

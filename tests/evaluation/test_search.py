@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 
 from sharpening import sdxl
 from sharpening.evaluation import search
-from sharpening.trajectory import Schedule, classifier_free_guidance, ddim_step
+from sharpening.trajectory import Model, Schedule, classifier_free_guidance, ddim_step
 from tiny_world import shapes
 
 CONFIG = {
@@ -30,7 +30,7 @@ def toy(prompts=3, guided=False, judge=None, size=6, seed=0):
             mean = means[rows].view(-1, 1, 1, 1)
             return sigma * (x - alpha * mean) / (alpha**2 / 4 + sigma**2)
 
-        return predict, classifier_free_guidance(predict, 2.0) if guided else None
+        return Model(predict, classifier_free_guidance(predict, 2.0) if guided else None)
 
     judge = judge or (lambda latents, rows: latents.mean((1, 2, 3)))
     return search.Problem(model, judge, schedule, (1, size, size), [seed + b for b in range(prompts)])
@@ -52,18 +52,18 @@ METHODS = [
 def test_cost_is_what_the_docstring_says_and_what_the_model_saw(method, arguments, rows, judged, guided):
     problem = toy(guided=guided)
     seen = []
-    model = problem.model
+    model_of = problem.model_of
 
     def counted(index):
-        predict, guide = model(index)
+        predict, guide = model_of(index)
 
         def spy(x, t):
             seen.append(len(x))
             return predict(x, t)
 
-        return spy, guide
+        return Model(spy, guide)
 
-    problem.model = counted
+    problem.model_of = counted
     latents = method(problem, *arguments)
     assert latents.shape == (3, 1, 6, 6)
     assert sum(seen) == 3 * rows and problem.rows == 3 * rows * (2 if guided else 1)

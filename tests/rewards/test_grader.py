@@ -14,7 +14,7 @@ from mllm_template import load_template
 from reward import load_reward
 from sharpening.errors import UserError
 from sharpening.rewards.calling import RewardError
-from sharpening.trajectory import begin_samples
+from sharpening.selection import begin_samples
 from tiny_world.grader_server import ASPECTS, Action, grades
 
 KEY = "sk-planted-grader-key-4711"
@@ -67,7 +67,7 @@ def test_grades_under_way_are_kept_when_others_fail(server, grader, tmp_path):
         return reward.begin(pictures(1), ["refused" if rows[0] == 0 else "slow"])
 
     with pytest.raises(RewardError, match="refused"):
-        begin_samples(judge, torch.zeros(2, 4, 2, 2), torch.arange(2), batch_size=1)()
+        begin_samples(judge, torch.zeros(2, 4, 2, 2), batch_size=1)()
     assert len([*(tmp_path / "cache").rglob("*.json")]) == 1
 
     def broken(latents, rows):
@@ -76,7 +76,7 @@ def test_grades_under_way_are_kept_when_others_fail(server, grader, tmp_path):
         return reward.begin(pictures(1, seed=1), ["slow"])
 
     with pytest.raises(RewardError, match="other failed"):
-        begin_samples(broken, torch.zeros(2, 4, 2, 2), torch.arange(2), batch_size=1)
+        begin_samples(broken, torch.zeros(2, 4, 2, 2), batch_size=1)
     assert len([*(tmp_path / "cache").rglob("*.json")]) == 2
 
 

@@ -54,6 +54,7 @@ def method(request):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize(
     "extra",
     [
@@ -90,6 +91,7 @@ def test_two_processes_equal_one_of_twice_the_batch(extra, method, train, flags,
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("method", ["RLHF"])
 def test_two_processes_resume_amid_a_reused_generation(launch, flags, tmp_path):
     options = {"generation_reuse": 3, "checkpointing_steps": 1, "infer_steps": 3, "max_train_steps": 3}
@@ -103,6 +105,7 @@ def test_two_processes_resume_amid_a_reused_generation(launch, flags, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("two processes")
 def test_reward_that_fails_on_one_rank_stops_both(launch, flags, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import os\n\n\ndef moody(images, prompts):\n"

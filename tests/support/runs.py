@@ -14,6 +14,8 @@ SCRIPTS = {
     "DDPO": "baselines/ddpo.py",
 }
 
+SPEED = {"samples_per_second", "peak_memory_gib", "generation_time_share"}
+
 
 def launcher_words(launcher):
     scripts = Path(sys.executable).parent
@@ -33,6 +35,11 @@ def launcher_words(launcher):
 def metrics(run_dir):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(line):
+    """A line of metrics without what depends on the machine's speed."""
+    return {name: value for name, value in line.items() if name not in SPEED}
 
 
 def same_files(left, right, names):

@@ -1,0 +1,129 @@
+"""What `scripts/evaluate.py` does: draw the images of every model, score them, compare and report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sharpening.evaluation import comparison, drawing, report
+from sharpening.evaluation.benchmark_export import check_export, export, read_geneval_metadata
+from sharpening.evaluation.flags import Model, Options
+from sharpening.evaluation.prompt_sets import load_prompt_set
+from sharpening.rewards.calling import Reward, RewardError
+
+SETTINGS = (  # written into `summary.json`
+    "prompts", "num_images", "num_inference_steps", "guidance_scale", "resolution", "seed", "reward_model", "metrics",
+)  # fmt: skip
+# Options of a reward that leave its scores as they are.
+SHAPE_NO_SCORE = ("api_key", "cache_dir", "mllm_concurrency", "mllm_timeout", "mllm_max_retries", "mllm_max_calls")
+
+
+def evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
+    """Draw, score, print and save; returns the exit status.
+
+    Args:
+        load_reward: `reward.load_reward`.
+
+    Raises:
+        UserError: a model, a reward or a set of prompts that cannot be loaded.
+    """
+    metadata = read_geneval_metadata(Path(options.prompts)) if options.export == "geneval" else []
+    distinct = load_prompt_set(options.prompts, "prompt" if metadata else "text", options.cache_dir)
+    check_export(options.export, distinct, options.num_images)
+    prompts = [distinct[index % len(distinct)] for index in range(options.num_images)]
+    device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    specs = dict.fromkeys([options.reward_model, *options.metrics])
+    rewards = {spec: load_reward(spec, device, **options.reward_options) for spec in specs}
+    try:
+        drawn = {
+            model.name: draw(model, options, prompts, rewards[options.reward_model], device)
+            for model in options.models
+        }
+        scores = {
+            spec: {name: score(reward, folder, prompts) for name, (folder, _) in drawn.items()}
+            for spec, reward in rewards.items()
+        }
+    except RewardError as error:
+        remedy = "mend the reward or add --reward_failure=skip; what was drawn is kept"
+        print(f"error: {error}; {remedy}", file=sys.stderr)
+        return 1
+    results = {spec: comparison.compare_with_first(of_models) for spec, of_models in scores.items()}
+    write(options, prompts, drawn, scores, results)
+
+    print(
+        f"\n{options.num_images} images of {len(distinct)} prompts, guidance {options.guidance_scale:g}, "
+        f"{options.num_inference_steps} DDIM steps\n"
+    )
+    print(report.table(results, options.reward_model))
+    for name, (_, cost) in drawn.items():
+        print(f"{name}: {cost.nfe:g} NFE and {cost.seconds:.3g} s per image")
+    for name, (folder, _) in drawn.items() if options.export else []:
+        files = [folder / file for file in drawing.image_names(prompts)]
+        commands = export(options.export, files, prompts, options.output_dir / options.export / name, metadata)
+        print(f"\n# {name}\n{commands}")
+    print(f"written to {options.output_dir}: summary.json, summary.csv, scores.csv, grid.png")
+    return 0
+
+
+def draw(
+    model: Model, options: Options, prompts: Sequence[str], reward: Reward, device: torch.device
+) -> tuple[Path, drawing.Cost]:
+    """The folder of a model's images, drawn where they are missing, and what one of them cost."""
+    base = options.models[0].path
+    way = drawing.Drawing(
+        options.num_inference_steps,
+        options.guidance_scale,
+        options.resolution,
+        options.seed,
+        model.search,
+        reward_identity(options, reward) if model.search else None,
+        str(drawing.compute_dtype(device)),
+    )
+    folder = drawing.image_folder(options.output_dir, model.name, drawing.identity(model.path, base), way)
+
+    def load() -> drawing.StableDiffusionXLPipeline:
+        return drawing.load_pipeline(model.path, base, device, options.cache_dir)
+
+    return folder, drawing.draw_missing(load, folder, prompts, way, options.batch_size, model.name, reward)
+
+
+def reward_identity(options: Options, reward: Reward) -> str:
+    """All that shapes the scores of `--reward_model`: what a search found for one reward was not found for another."""
+    settings = {name: value for name, value in sorted(options.reward_options.items()) if name not in SHAPE_NO_SCORE}
+    files = [component.target.rpartition(":")[0] for component in reward.components]
+    files += [component.model or "" for component in reward.components]
+    stamps = [drawing.file_stamp(Path(file).expanduser()) for file in files if file]
+    return json.dumps([options.reward_model, settings, stamps])
+
+
+def score(reward: Reward, folder: Path, prompts: list[str]) -> np.ndarray:
+    """Rewards (N,) float64 of the images in a folder, 64 at a time; NaN where an image has none."""
+    parts = [range(start, min(start + 64, len(prompts))) for start in range(0, len(prompts), 64)]
+    scores = [
+        reward.get_reward(drawing.read_images(folder, prompts, rows), [prompts[row] for row in rows]) for rows in parts
+    ]
+    return torch.cat(scores).double().numpy()
+
+
+def write(
+    options: Options,
+    prompts: Sequence[str],
+    drawn: dict[str, tuple[Path, drawing.Cost]],
+    scores: report.Scores,
+    results: report.Results,
+) -> None:
+    """`summary.json`, `summary.csv`, `scores.csv` and `grid.png` in `--output_dir`."""
+    models = {}
+    for name, path, search in options.models:
+        folder, cost = drawn[name]
+        models[name] = {"path": path, "search": search, "images": str(folder.resolve()), **cost._asdict()}
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    report.write_files(options.output_dir, settings, models, results, scores, prompts)
+    first = range(min(options.grid_images, options.num_images))
+    shown = {name: drawing.read_images(folder, prompts, first) for name, (folder, _) in drawn.items()}
+    report.write_grid(shown, prompts[: len(first)], options.output_dir / "grid.png")

@@ -1,0 +1,50 @@
+"""Files and folders: what a name means, what makes a folder a model, and how to write one whole or not at all."""
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+MODEL_MARKERS = ("model_index.json", LORA_FILE)  # what makes a folder a pipeline, or a LoRA adapter, for diffusers too
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model or dataset name can only be a path: hub ids are `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+@contextmanager
+def write_aside(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A name beside `path`, hidden and ending in `.partial`, under which to make a file or a folder.
+
+    What is there when the block ends well is renamed to `path`, whose folder is made if it is missing; if the block
+    raises, it is removed. It replaces a file or an empty folder. What a killed process left goes with the next
+    `write_aside` of the same path.
+
+    Args:
+        path: where the file or the folder is to be.
+        shared: several processes or threads may write `path` at once. Each then has a name of its own, and the last
+            one wins; what a killed process left stays.
+
+    Raises:
+        OSError: it cannot be written, nothing was made, or `path` is a folder that holds something.
+    """
+    writer = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
+    aside = path.with_name(f".{path.name}{writer}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(aside)
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

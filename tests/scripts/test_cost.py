@@ -1,0 +1,177 @@
+"""What a step of either script costs: the rows it promises are those that pass through the models; the dry run."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from sharpening import model_source, sdxl
+from sharpening.running import launching
+from tests.support.hooks import OFF_GRID
+from tests.support.runs import ROOT, SCRIPTS, metrics
+
+SAMPLES = {"reward_on": "sample", "latents_per_prompt": "n"}
+
+
+@pytest.fixture(params=["SFT", "RLHF"])
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def rows_of_a_step(method, train, flags, forwards, decodes):
+    """The rows of a step by purpose, as the script promises and as its models see them, a mean over two steps."""
+
+    def of(**changes):
+        script = importlib.import_module(SCRIPTS[method].removesuffix(".py"))
+        command = flags(**{**OFF_GRID, **changes}, max_train_steps=2)
+        assert train(command) == 0
+        promised = script.rows_per_step(script.parse_args(command))
+        seen = dict.fromkeys(promised, 0)
+        for forward in forwards:
+            purpose = forward.purpose
+            if method == "SFT" and purpose == "compare":
+                purpose = "score"  # this script scores in training mode
+            seen[purpose] += len(forward.x) / 2
+        seen["decode"] += sum(decodes) / 2
+        return promised, seen
+
+    return of
+
+
+@pytest.mark.usefixtures("no_result")
+@pytest.mark.parametrize("method", ["SFT"], indirect=True)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_noisy_latents": 1, "trajectory_nums": 1},
+        {"num_noisy_latents": 1},
+        {"num_noisy_latents": 1, "branch_guidance_scale": 2},
+        {"num_noisy_latents": 4, "trajectory_nums": 2, "gradient_accumulation_steps": 2},
+        {"branch_guidance_scale": 2},
+        {"preset": "released"},
+        {"preset": "released", "branch_guidance_scale": 2},
+        {"preset": "released", "num_noisy_latents": 1},
+        {"train_rows": 1},
+        {"use_lora": True, "gradient_checkpointing": True},
+    ],
+    ids=lambda changes: ",".join(map(str, changes)) or "defaults",
+)
+def test_rows_of_sft_are_those_promised(changes, rows_of_a_step):
+    promised, seen = rows_of_a_step(**changes)
+    assert seen == promised
+
+
+@pytest.mark.usefixtures("no_result")
+@pytest.mark.parametrize("method", ["RLHF"], indirect=True)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_noisy_latents": 4, "trajectory_nums": 2, "gradient_accumulation_steps": 2},
+        {"branch_guidance_scale": 2, "guidance_scale": 1},
+        {"latents_per_prompt": "n", "share_noise_in_pair": True},
+        {"reference_steps": "first", "train_rows": 1},
+        {**SAMPLES, "trajectory_nums": 1, "train_rows": 4},
+        {**SAMPLES, "trajectory_nums": 1, "train_rows": 3},
+        {**SAMPLES, "trajectory_nums": 2, "train_rows": 8},
+        {**SAMPLES, "trajectory_nums": 2, "train_rows": 7},
+        {**SAMPLES, "trajectory_nums": 2, "branch_guidance_scale": 2},
+        {"preset": "released"},
+        {"preset": "released", "branch_guidance_scale": 2},
+        {**SAMPLES, "preset": "released"},
+        {"generation_reuse": 2},
+        {**SAMPLES, "generation_reuse": 2, "trajectory_nums": 1},
+        {"use_lora": True, "gradient_checkpointing": True},
+        {**SAMPLES, "use_lora": True, "train_rows": 1},
+    ],
+    ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()) or "defaults",
+)
+def test_rows_of_rlhf_are_those_promised(changes, rows_of_a_step):
+    """Only selected pairs see the reference and a gradient; a generation is counted once for all updates it serves;
+    where samples are judged and the pairs fit one slice, nothing is compared beforehand."""
+    promised, seen = rows_of_a_step(**changes)
+    assert seen == promised
+    at_once = changes.get("reward_on") == "sample" and changes.get("train_rows") in (4, 8)
+    if changes.get("reward_on") == "sample" and "preset" not in changes and "train_rows" in changes:
+        assert (seen["compare"] == 0) == at_once
+
+
+@pytest.mark.parametrize("method", ["SFT"], indirect=True)
+@pytest.mark.parametrize("m", [1, 3])
+def test_one_branch_is_neither_scored_nor_judged(m, train, flags, tmp_path, forwards, decodes, caplog):
+    """There is nothing to select: m states are trained on, and reaching the last of them costs m - 1 forwards."""
+    (tmp_path / "mine.py").write_text("def refuse(images, prompts):\n    raise OSError('asked')\n")
+    options = {**OFF_GRID, "num_noisy_latents": 1, "trajectory_nums": m, "branch_image_steps": 1}
+    assert train(flags(**options, max_train_steps=22, reward_model=f"{tmp_path}/mine.py:refuse")) == 0
+    assert decodes == []
+    rows = {gradient: sum(len(f.x) for f in forwards if f.gradient == gradient) for gradient in (False, True)}
+    assert rows == {False: 22 * 2 * (m - 1), True: 22 * 2 * m}
+    for line in metrics(tmp_path / "run"):
+        assert line["loss"] > 0 and not [name for name in line if name.startswith("reward")]
+    assert not (tmp_path / "run" / "reward_curve.png").exists() and not (tmp_path / "run" / "images").exists()
+    # 20 steps without any spread of rewards are no flat reward.
+    assert not [record for record in caplog.records if "being selected" in record.getMessage()]
+
+
+PLAN = {  # 8 prompts, n = 5, m = 3, guided branches: two rows each; 5 guided steps to generate
+    "SFT": "240 rows to score, 24 rows to train, per process",
+    "RLHF": "80 rows to generate, 240 rows to score, 48 rows to reference, 48 rows to train, per process",
+}
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a dry run loaded weights")
+
+    monkeypatch.setattr(model_source.Source, "load", refuse)
+    assert train(flags(dry_run=True, gradient_accumulation_steps=4, num_noisy_latents=5, branch_guidance_scale=2)) == 0
+    plan = {line[:18].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    assert plan["rows per step"] == "8 = 2 per batch x 4 accumulated x 1 processes"
+    assert plan["forwards per step"] == PLAN[method]
+    assert plan["decodes per step"] == "120, per process"
+    assert plan["steps"] == "2, 2 per epoch, 1.00 epochs"
+    assert "GiB" in plan["memory held"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_does_not_wait_for_the_models_code_to_be_imported(method, flags):
+    code = (
+        f"import sys, {Path(SCRIPTS[method]).stem} as script\n"
+        "status = script.cli(sys.argv[1:])\n"
+        "assert not {'diffusers.models', 'peft', 'bitsandbytes'} & set(sys.modules)\nsys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, *flags(dry_run=True, use_lora=True)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("weights", ["whole", "sharded", "of a variant", "absent", "damaged", "damaged index"])
+def test_parameters_are_counted_without_the_model(weights, world, tmp_path):
+    variant = "fp16" if weights == "of a variant" else None
+    sharded = weights in ("sharded", "damaged index")
+    options = {"max_shard_size": "20KB"} if sharded else {"variant": variant}
+    UNet2DConditionModel.from_pretrained(world.model, subfolder="unet").save_pretrained(tmp_path / "unet", **options)
+    files = list((tmp_path / "unet").glob("*.safetensors"))
+    assert (len(files) > 1) == sharded
+    for index in (tmp_path / "unet").glob("*.index.json") if weights == "damaged index" else ():
+        index.write_text(index.read_text()[:50])
+    for file in files:
+        if weights == "absent":
+            file.unlink()
+        elif weights == "damaged":
+            file.write_bytes(file.read_bytes()[:100])
+    copy = model_source.Source("pretrained_model_name_or_path", str(tmp_path), variant=variant)
+    assert bool(copy.shapes("unet")) == (weights in ("whole", "sharded", "of a variant"))
+    for rank in (None, 3):
+        source = model_source.Source("pretrained_model_name_or_path", str(world.model))
+        lora = None if rank is None else sdxl.lora_config(rank, None)
+        unet = sdxl.load_unet(source, torch.device("cpu"), torch.float32, lora)
+        total = sum(parameter.numel() for name, parameter in unet.named_parameters() if "lora_" not in name)
+        trained = sum(parameter.numel() for parameter in sdxl.trainable_parameters(unet))
+        assert launching.count_unet_parameters(copy, rank) == (total, trained)

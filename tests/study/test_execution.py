@@ -1,0 +1,77 @@
+"""The command of the study: what it refuses, and a rehearsal of all of it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from sharpening.errors import UserError
+from study import execution
+from study.settings import METRICS, Size
+from tests.support.runs import ROOT
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--jobs", "0"], "--jobs is 0"), (["--quik"], "--quik")], ids=["no job", "unknown flag"]
+)
+def test_bad_flags_are_refused(flags, words):
+    with pytest.raises(UserError) as refusal:
+        execution.main(flags)
+    assert words in str(refusal.value)
+
+
+def test_a_folder_of_another_size_is_refused(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--output_dir .* holds a study of another size"):
+        execution.main(["--quick", "--output_dir", str(tmp_path)])
+
+
+def test_a_folder_in_which_another_study_writes_is_refused(tmp_path):
+    size = Size()
+    with (
+        execution.study_folder(tmp_path, size),
+        pytest.raises(UserError, match="another study is writing there"),
+        execution.study_folder(tmp_path, size),
+    ):
+        pass
+    with execution.study_folder(tmp_path, size):  # it has ended
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two processes")
+@pytest.mark.timeout(900)
+def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
+    command = [sys.executable, "-m", "study", "--quick", "--output_dir", str(tmp_path / "study")]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout + first.stderr
+    out = tmp_path / "study"
+    tables = (out / "tables.md").read_text()
+    assert re.findall("^## (.*)$", tables, re.MULTILINE) == [
+        "Table 1: equal compute",
+        "Learning rates of table 1, seed 0",
+        "SFT sharpening against standard fine-tuning",
+        "SFT, branches n (m = 1)",
+        "RLHF on samples, branches n (m = 1)",
+        "SFT, steps m (n = 2)",
+        "RLHF on samples, steps m (n = 2)",
+        "What selection over noises does",
+        "Figure 5: search at inference (9 images)",
+    ]
+    assert "nan" not in tables and tables in first.stdout
+    summary = json.loads((out / "evaluation" / "search_demon" / "summary.json").read_text())
+    assert summary["models"]["demon_2"]["nfe"] == 25 + 24 * 2
+    assert "base" in summary["metrics"][METRICS["likeness"]]
+    for name in ("figure4", "figure5", "figure6", "branches_and_steps"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    (out / "runs" / "table1_rlhf_s0" / "finished.json").unlink()  # as if it had been interrupted
+    markers = {path: path.stat().st_mtime_ns for path in out.glob("*/*/finished.json")}
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout + second.stderr
+    again = {path.parent.name for path, then in markers.items() if path.stat().st_mtime_ns != then}
+    assert again == {"table1_s0", "search_best_of_n"}  # the evaluations of the run that was done again
+    assert (out / "tables.md").read_text() == tables
