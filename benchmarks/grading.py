@@ -8,7 +8,6 @@ ways score branches of the trained tiny SDXL, in turns.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -22,17 +21,26 @@ from torch import Tensor
 from benchmarks.reporting import describe_machine, spread
 from reward import load_reward
 from sharpening import sdxl
-from sharpening.arguments import OneSentenceParser, require, require_at_least_1
 from sharpening.errors import exit_status
+from sharpening.flags import Flag, parse
 from sharpening.model_source import Source
-from sharpening.trajectory import Schedule, Scores, score_branches
+from sharpening.rewards.calling import Reward
+from sharpening.selection import Scores, score_branches
+from sharpening.trajectory import Branches, Schedule
 from tiny_world.grader_server import Action, GraderServer
 
 MODEL = Path(__file__).resolve().parents[1] / "tiny_world" / "sdxl"
 PROMPTS = ["a red circle on a white background", "a blue square on a black background"]
+FLAGS = (
+    Flag("seconds", "that a grade takes", float, 2.0, "[0, inf)"),
+    Flag("num_noisy_latents", "n, branches per prompt", int, 3, "[1, inf)"),
+    Flag("trajectory_nums", "m, steps of each branch", int, 3, "[1, inf)"),
+    Flag("concurrency", "grades under way at once", int, 32, "[1, inf)"),
+    Flag("rounds", "score passes of each way", int, 5, "[1, inf)"),
+)
 
 
-def score_pass(reward: object, n: int, m: int) -> Callable[[int, bool], Scores]:
+def score_pass(reward: Reward, n: int, m: int) -> Callable[[int, bool], Scores]:
     """A function of a seed, and of whether every step is waited for, that scores n branches of m steps per prompt."""
     source = Source("pretrained_model_name_or_path", str(MODEL))
     unet = source.load(sdxl.UNet2DConditionModel, "unet", dtype=torch.float32).eval()
@@ -42,9 +50,7 @@ def score_pass(reward: object, n: int, m: int) -> Callable[[int, bool], Scores]:
     schedule = Schedule.from_config(source.read_json("scheduler/scheduler_config.json"), 25)
     embeds, pooled = encoders.encode(PROMPTS)
     condition = sdxl.Condition(embeds, pooled, sdxl.default_time_ids(len(PROMPTS), 32, torch.device("cpu")))
-
-    def model_of(rows: Tensor) -> tuple:
-        return sdxl.branch_model(unet, condition.rows(rows // n), unconditional, 1.0)
+    walking = sdxl.Denoiser(unet, condition.rows(torch.arange(len(PROMPTS) * n) // n), unconditional, 1.0)
 
     def run(seed: int, wait: bool) -> Scores:
         def judge(latents: Tensor, rows: Tensor) -> Callable[[], tuple]:
@@ -54,25 +60,16 @@ def score_pass(reward: object, n: int, m: int) -> Callable[[int, bool], Scores]:
             known = verdict()
             return lambda: known
 
-        noise = torch.randn(len(PROMPTS) * n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-        return score_branches(model_of, judge, schedule, noise, torch.full((len(noise),), 500), m, len(noise))
+        x_0, eps = torch.randn(2, len(PROMPTS) * n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        branches = Branches.begin(schedule, x_0, eps, torch.full((len(eps),), 500))
+        return score_branches(walking.rows, judge, schedule, branches, m, len(eps))[0]
 
     return run
 
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit status."""
-    parser = OneSentenceParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--seconds", type=float, default=2.0, help="that a grade takes")
-    parser.add_argument("--num_noisy_latents", type=int, default=3)
-    parser.add_argument("--trajectory_nums", type=int, default=3)
-    parser.add_argument("--concurrency", type=int, default=32, help="grades under way at once")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args(argv)
-    require_at_least_1(args, "num_noisy_latents", "trajectory_nums", "concurrency", "rounds")
-    require(args.seconds >= 0, f"--seconds is {args.seconds}, but it must not be negative")
+    args = parse(__doc__.splitlines()[0], {"grading": FLAGS}, argv)
     spent: dict[bool, list[float]] = {False: [], True: []}
     with GraderServer() as server, tempfile.TemporaryDirectory() as cache:
         server.default = Action(delay=args.seconds)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from tiny_world.make_tiny_sdxl import make_pipeline, text_config
+from tiny_world.tiny_sdxl import make_pipeline, text_config
 
 SIZES = ("tiny", "mid", "sdxl")
 TINY_DECODER = "tiny_decoder"  # the folder of a decoder in the manner of TAESD, beside the pipeline's parts

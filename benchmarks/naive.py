@@ -5,6 +5,7 @@ sees every branch, and one backward goes through all of it. One prompt at a time
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
@@ -16,8 +17,25 @@ from sharpening.sdxl import Condition
 Score = Callable[[Tensor], Tensor]  # images (n, 3, H, W) in [0, 1] -> rewards (n,)
 
 
-def forward(unet: UNet2DConditionModel, x: Tensor, t: int, condition: Condition) -> Tensor:
-    """The UNet's output for rows of one prompt."""
+class Branches(NamedTuple):
+    """The n branches of a prompt where they begin."""
+
+    condition: Condition  # of n rows
+    x_0: Tensor  # (n, 4, h, w) clean latents
+    eps: Tensor  # (n, 4, h, w) noise
+    t: int  # first timestep
+
+
+class Walked(NamedTuple):
+    """What n branches have earned and erred, each a mean over their steps."""
+
+    rewards: Tensor  # (n,)
+    errors: Tensor  # (n,)
+    reference_errors: Tensor | None  # (n,)
+
+
+def forward(unet: UNet2DConditionModel, x: Tensor, t: int | Tensor, condition: Condition) -> Tensor:
+    """The UNet's output (R, 4, h, w) float32 for rows x (R, 4, h, w), at one t or at their own t (R,)."""
     added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
     return unet(x, t, encoder_hidden_states=condition.embeds, added_cond_kwargs=added).sample.float()
 
@@ -27,14 +45,12 @@ def walk(
     vae: AutoencoderKL | AutoencoderTiny,
     scheduler: DDIMScheduler,
     score: Score,
-    condition: Condition,
-    x_0: Tensor,
-    eps: Tensor,
-    t: int,
+    branches: Branches,
     steps: int,
     reference: UNet2DConditionModel | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, errors and the reference's errors of n branches, each a mean over the steps, (n,)."""
+) -> Walked:
+    """Walk, decode, judge and compare all branches with their graphs, until they have ended or gone `steps` steps."""
+    condition, x_0, eps, t = branches
     x = scheduler.add_noise(x_0, eps, torch.tensor([t], device=x_0.device))
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     rewards, errors, reference_errors = [], [], []
@@ -52,19 +68,18 @@ def walk(
                 theirs = forward(reference, x, t, condition)
             reference_errors.append(mse_loss(theirs, eps, reduction="none").mean((1, 2, 3)))
         x, t = moved.prev_sample, t - stride
-    mean = [torch.stack(part).mean(0) if part else torch.zeros(0) for part in (rewards, errors, reference_errors)]
-    return mean[0], mean[1], mean[2]
+    return Walked(*(torch.stack(part).mean(0) if part else None for part in (rewards, errors, reference_errors)))
 
 
-def sft_loss(rewards: Tensor, errors: Tensor) -> Tensor:
+def sft_loss(walked: Walked) -> Tensor:
     """Equation 9: the error of the branch with the best reward."""
-    return errors[rewards.argmax()]
+    return walked.errors[walked.rewards.argmax()]
 
 
-def rlhf_loss(rewards: Tensor, errors: Tensor, reference_errors: Tensor, beta: float) -> Tensor:
+def rlhf_loss(walked: Walked, beta: float) -> Tensor:
     """Equation 11 on the best and the worst branch."""
+    rewards, log_ratios = walked.rewards, walked.reference_errors - walked.errors
     best, worst = rewards.argmax(), rewards.argmin()
-    log_ratios = reference_errors - errors
     return -logsigmoid(beta * (log_ratios[best] - log_ratios[worst]) - (rewards[best] - rewards[worst]))
 
 

@@ -8,7 +8,6 @@ same work on the same inputs.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import sys
@@ -20,14 +19,22 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 
+from benchmarks.measuring import peak_memory, timed
 from benchmarks.models import SIZES, TINY_DECODER, write_pipeline
 from benchmarks.reporting import describe_machine, spread
-from benchmarks.step import peak_memory, random_condition, timed
+from benchmarks.rivals import random_condition
 from sharpening import sdxl
-from sharpening.arguments import OneSentenceParser, require_at_least_1
 from sharpening.errors import exit_status
+from sharpening.flags import Flag, parse
 
 Work = Callable[[], object]
+
+FLAGS = (
+    Flag("model", "its size", default="mid", choices=SIZES),
+    Flag("resolution", "pixels", int, 512, "[1, inf)"),
+    Flag("compile", "also torch.compile, which takes minutes", bool, False),
+    Flag("rounds", "pairs that are timed", int, 5, "[1, inf)"),
+)
 
 
 def forwards(unet: UNet2DConditionModel, rows: int, times: int, size: int, dtype: torch.dtype) -> Work:
@@ -102,15 +109,7 @@ def pairs(folder: Path, device: torch.device, size: int, compiled: bool) -> dict
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit status."""
-    parser = OneSentenceParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model", choices=SIZES, default="mid")
-    parser.add_argument("--resolution", type=int, default=512, help="pixels")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args(argv)
-    require_at_least_1(args, "rounds")
+    args = parse(__doc__.splitlines()[0], {"speedups": FLAGS}, argv)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     lines = []
     with tempfile.TemporaryDirectory() as name:
@@ -123,11 +122,12 @@ def main(argv: list[str]) -> int:
                 plain = timed(without)
                 seconds.append(timed(with_it))
                 shares.append(seconds[-1] / plain)
-            peaks: list[dict[str, float]] = [{}, {}]
-            for work, peak in zip((without, with_it), peaks, strict=True):
-                with peak_memory(peak):
+            peaks = []
+            for work in (without, with_it):
+                with peak_memory() as peak:
                     work()
-            memory = " and ".join(f"{peak['peak'] / 2**30:.2f}" for peak in peaks)
+                peaks.append(f"{peak.size / 2**30:.2f}")
+            memory = " and ".join(peaks)
             median = statistics.median(seconds)
             lines.append(
                 f"{what:>38}  {median:7.3f} s  {spread(shares)}, peak without and with {memory} GiB"

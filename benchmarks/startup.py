@@ -2,27 +2,30 @@
 
     python benchmarks/startup.py --images 1000
 
-The SFT script prepares captioned shapes for the tiny SDXL, latents and embeddings, with an empty cache and then again
-with that cache. The commands are processes of their own, from launch to exit.
+Captioned shapes are prepared for the tiny SDXL as the SFT script prepares them, latents and embeddings, with an empty
+cache and then again with that cache. The commands are processes of their own, from launch to exit.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 from benchmarks.reporting import describe_machine
-from sharpening.arguments import OneSentenceParser, require_at_least_1
 from sharpening.errors import exit_status
+from sharpening.flags import Flag, parse
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "tiny_world" / "sdxl"
 SCRIPTS = ("train_sft_diffusion_sharpening_sdxl", "train_rlhf_diffusion_sharpening_sdxl")
+FLAGS = (
+    Flag("images", "that are prepared", int, 1000, "[1, inf)"),
+    Flag("rounds", "launches of each command", int, 5, "[1, inf)"),
+)
 
 
 def run(command: list[str]) -> float:
@@ -41,51 +44,43 @@ def run(command: list[str]) -> float:
 def flags(folder: Path) -> list[str]:
     """A run of one step on the shapes in a folder."""
     values = {
-        "pretrained_model_name_or_path": ROOT / "tiny_world" / "sdxl", "train_data_dir": folder / "shapes",
-        "cache_dir": folder / "cache", "output_dir": folder / "run", "resolution": 32, "reward_model": "shapes",
-        "seed": 0, "max_train_steps": 1, "report_to": "none", "validation_epochs": 0,
+        "pretrained_model_name_or_path": MODEL, "train_data_dir": folder / "shapes", "cache_dir": folder / "cache",
+        "output_dir": folder / "run", "resolution": 32, "reward_model": "shapes", "seed": 0, "max_train_steps": 1,
+        "report_to": "none", "validation_epochs": 0,
     }  # fmt: skip
     return [f"--{name}={value}" for name, value in values.items()]
 
 
 def preparation(folder: Path) -> float:
-    """Seconds that a start of the SFT script spends on reading its data and caching what the encoders make of it."""
-    import train_sft_diffusion_sharpening_sdxl as script
-    from sharpening.data import captioned_images, encoding_cache
+    """Seconds of reading captioned images and caching what the encoders make of them, as the SFT script does it."""
+    import torch
 
-    spent = []
+    from sharpening import sdxl
+    from sharpening.data.captioned_images import load_captioned_images
+    from sharpening.data.encoding_cache import cache_latents_and_embeddings
+    from sharpening.model_source import Source
 
-    def timed(function: object) -> object:
-        def wrapped(*args: object, **kwargs: object) -> object:
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent.append(time.perf_counter() - started)
-            return result
-
-        return wrapped
-
-    with (
-        patch.object(captioned_images, "load_captioned_images", timed(captioned_images.load_captioned_images)),
-        patch.object(
-            encoding_cache,
-            "cache_latents_and_embeddings",
-            timed(encoding_cache.cache_latents_and_embeddings),
-        ),
-    ):
-        if script.cli(flags(folder)):
-            raise RuntimeError("the training script failed; it says above why")
-    return sum(spent)
+    source = Source("pretrained_model_name_or_path", str(MODEL))
+    vae = sdxl.load_decoder(source, "vae", torch.device("cpu"), torch.float32)
+    encoders = sdxl.TextEncoders.load(source, torch.device("cpu"), torch.float32)
+    columns = {"image_column": "image", "caption_column": "text"}
+    cache_dir = str(folder / "cache")
+    started = time.perf_counter()
+    images = load_captioned_images(
+        dataset_name=None, dataset_config_name=None, train_data_dir=str(folder / "shapes"), max_train_samples=None,
+        seed=0, cache_dir=cache_dir, **columns,
+    )  # fmt: skip
+    cache_latents_and_embeddings(
+        images, resolution=32, center_crop=False, random_flip=False, seed=0,
+        encode_images=lambda pixels: sdxl.encode_images(vae, pixels), encode_prompts=encoders.encode, batch_size=4,
+        key={"vae": "tiny", "text": "tiny"}, cache_dir=cache_dir, dtype=torch.float32, **columns,
+    )  # fmt: skip
+    return time.perf_counter() - started
 
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit status."""
-    parser = OneSentenceParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=5, help="launches of each command")
-    args = parser.parse_args(argv)
-    require_at_least_1(args, "images", "rounds")
+    args = parse(__doc__.splitlines()[0], {"startup": FLAGS}, argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run(["tiny_world/make_shapes_dataset.py", f"--output_dir={folder / 'shapes'}", f"--num_images={args.images}"])

@@ -15,8 +15,8 @@ INTRODUCTION = """# Flags
 
 Made by `python scripts/flags_page.py` from where each flag is declared. A flag that is given wins over a preset.
 A switch is turned off by `--no-NAME`, also at the end of a line that turned it on.
-Flags marked * may be changed when a run is resumed: they change neither which draws a step sees nor what it computes (a run's
-length sets the course of a decaying learning rate). A change of any other is warned of.
+Flags marked * may be changed when a run is resumed: they change neither which draws a step sees nor what it computes
+(but a run's length sets the course of a decaying learning rate). A change of any other is warned of.
 """
 
 

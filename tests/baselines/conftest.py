@@ -39,14 +39,6 @@ def quick(method):
 
 
 @pytest.fixture
-def no_result(monkeypatch):
-    """Leave out the weights and the curve at the end of a run, a third of a tiny run's time."""
-    for name in ("save_pipeline", "save_adapter"):
-        monkeypatch.setattr(f"sharpening.running.publishing.{name}", lambda *args: args[-1].mkdir())
-    monkeypatch.setattr("sharpening.running.tracking.plot_rewards", lambda *args: None)
-
-
-@pytest.fixture
 def in_double(monkeypatch):
     """Runs compute in float64, but for the VAE and the reward, whose results are data."""
 

@@ -209,7 +209,7 @@ def test_with_an_adapter_resume_is_exact_too(changes, train, flags, quick, tmp_p
 
 
 BOUND = {
-    "DPO": [{"beta_dpo": 10.0}, {"sets": 2}, {"rounds": 2}, {"guidance_scale": 2.0}, {"noise_offset": 0.1}],
+    "DPO": [{"beta_dpo": 10.0}, {"sets": 2}, {"guidance_scale": 2.0}, {"noise_offset": 0.1}],
     "BEST_OF_N": [BASE, {**BASE, "sets": 2}, {"num_noisy_latents": 3}, {"snr_gamma": 5.0}],
     "DDPO": [{"trajectory_nums": 2}, {"num_noisy_latents": 3}],
 }
@@ -227,6 +227,18 @@ def test_any_flag_that_changes_the_computation_is_pointed_out(
     warnings = [record.message for record in caplog.records if "never interrupted" in record.message]
     assert len(warnings) == len(changes)
     assert all(any(f"--{name} was" in warning for warning in warnings) for name in changes)
+
+
+@pytest.mark.usefixtures("no_result")
+def test_checkpoint_of_another_script_is_refused(train, flags, trained_once, quick, tmp_path, capsys):
+    checkpoint = trained_once(**quick, max_train_steps=1, checkpointing_steps=1) / "checkpoint-1"
+    copy = tmp_path / "run" / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    state = json.loads((copy / "state.json").read_text())
+    (copy / "state.json").write_text(json.dumps({**state, "method": "SFT Diffusion-Sharpening"}))
+    assert train(flags(**quick, max_train_steps=2, resume_from_checkpoint="latest")) == 2
+    error = capsys.readouterr().err
+    assert "was written by SFT Diffusion-Sharpening, but this script is" in error and state["method"] in error
 
 
 # ------------------------------------------------------------------------------------------------------ the gradient
@@ -347,8 +359,8 @@ def test_result_is_a_pipeline_that_stock_diffusers_loads_and_draws_with(method, 
     changed = [not torch.equal(*pair) for pair in zip(pipeline.unet.parameters(), base.parameters(), strict=True)]
     assert all(changed)
     card = (tmp_path / "run" / "README.md").read_text()
-    said = {"DPO": "Diffusion-DPO", "BEST_OF_N": "best-of-n fine-tuning, samples of own", "DDPO": "DDPO"}[method]
-    assert f"with {said}, reward `shapes`" in card and "| `learning_rate` | `0.001` |" in card
+    said = {"DPO": "Diffusion-DPO", "BEST_OF_N": "best-of-n fine-tuning", "DDPO": "DDPO"}[method]
+    assert f"with {said} ([arXiv" in card and "reward `shapes`" in card and "| `learning_rate` | `0.001` |" in card
 
 
 def test_with_use_lora_it_is_an_adapter_that_stock_diffusers_applies(train, flags, world, quick, tmp_path):

@@ -32,7 +32,7 @@ CASES = {
         "half a pair": ({"train_rows": 1}, ["--train_rows is 1", "a pair has 2 rows", "raise it"]),
         "beta of zero": ({"beta_dpo": 0}, ["--beta_dpo is 0", "above 0"]),
         "no round": ({"rounds": 0}, ["--rounds is 0", "at least 1"]),
-        "more rounds than steps": ({"rounds": 3}, ["--rounds is 3", "--max_train_steps is 2", "lower it"]),
+        "more rounds than steps": ({"rounds": 3}, ["--rounds is 3", "only 2 optimizer steps", "lower it"]),
         "samples of its own": ({"samples_of": "own"}, ["--samples_of", "--help"]),
     },
     "BEST_OF_N": ANY | NOISED

@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from sharpening import sdxl
+from sharpening.reference import Reference
 from tests.baselines import literal
 from tests.support.runs import metrics, same_files, same_tensors
 
@@ -121,3 +122,34 @@ def test_resume_at_a_boundary_and_inside_a_round_is_exact(lora, train, flags, qu
         assert same_files(whole, resumed, names) == []
         for name in ("loss", "lr", "preference/kl", "reward/mean", "grad_norm"):
             assert [line[name] for line in metrics(whole)] == [line[name] for line in metrics(resumed)], name
+
+
+@pytest.mark.usefixtures("no_result")
+def test_reference_of_a_round_is_saved_once_for_all_processes(train, flags, quick, prompts, tmp_path):
+    """A process that finds no file of its own, because there were fewer, must not fall back to the base."""
+    options = {**prompts, **quick, "rounds": 2, "max_train_steps": 2, "checkpointing_steps": 1}
+    assert train(flags(**options)) == 0
+    names = [{path.name for path in (tmp_path / "run" / f"checkpoint-{step}").glob("*.pt")} for step in (1, 2)]
+    assert names == [{"shared.pt"}] * 2
+    first, second = (torch.load(tmp_path / "run" / f"checkpoint-{step}" / "shared.pt") for step in (1, 2))
+    assert "reference" not in first and "reference" in second
+
+
+@pytest.mark.usefixtures("no_result")
+def test_rounds_that_are_parts_of_another_number_of_steps_are_refused(train, flags, quick, prompts, capsys):
+    options = {**prompts, **quick, "rounds": 2, "checkpointing_steps": 2}
+    assert train(flags(**options, max_train_steps=2)) == 0
+    assert train(flags(**options, max_train_steps=4, resume_from_checkpoint="latest")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--max_train_steps is 4, but the rounds of this checkpoint are parts of 2 steps" in error
+
+
+@pytest.mark.usefixtures("no_result")
+@pytest.mark.parametrize(("steps", "rounds"), [(5, 4), (3, 3), (4, 3)])
+def test_there_are_as_many_rounds_as_asked_for(steps, rounds, train, flags, quick, prompts, tmp_path, monkeypatch):
+    """Also where the steps cannot be shared out evenly: after each but the last a run begins anew."""
+    begun = []
+    renew = Reference.renew
+    monkeypatch.setattr(Reference, "renew", lambda self: begun.append(1) or renew(self))
+    assert train(flags(**prompts, **quick, rounds=rounds, max_train_steps=steps)) == 0
+    assert len(begun) == rounds - 1

@@ -1,4 +1,4 @@
-"""A flag is declared once: parser, range, presets, spellings, switching off, secrets, help and the page of flags."""
+"""A flag is declared once: parser, range, presets, older switches, secrets, help and the page of flags."""
 
 import importlib
 
@@ -23,7 +23,13 @@ GROUPS = {
         Flag("preset", "which defaults", default="paper", choices=("paper", "released"), free=True),
         Flag("scale", "of something", float, range="[0, inf)", presets={"paper": 5.0, "released": 1.0}),
         Flag("through", "keep 100% of it", bool, presets={"paper": False, "released": True}),
-        Flag("noise", "of branches", default="fresh", choices=("fresh", "shared"), spellings={"--share": "shared"}),
+        Flag(
+            "noise",
+            "of branches",
+            choices=("fresh", "shared"),
+            presets={"paper": "fresh", "released": "fresh"},
+            switch=("share", "shared"),
+        ),
     ),
     "second": (
         Flag("count", "how many", int, 3, "[1, inf)", free=True),
@@ -62,10 +68,14 @@ def test_a_switch_can_be_turned_off_and_the_last_word_wins():
     assert parsed("--no-old").old is False
 
 
-def test_spellings_are_words_for_a_value_of_their_flag():
-    assert parsed("--share").noise == "shared"
-    assert parsed("--share", "--noise=fresh").noise == "fresh"
-    assert parsed("--noise=fresh", "--share").noise == "shared"
+def test_an_older_switch_means_a_value_of_its_flag():
+    for given in (["--share"], ["--noise=shared"], ["--noise=shared", "--share"]):
+        assert parsed(*given).noise == "shared"
+    assert parsed("--no-share").noise == parsed().noise == "fresh"
+    assert parsed("--noise=shared", "--no-share").noise == "shared"  # off, it says nothing
+    with pytest.raises(UserError, match="--share and --noise=fresh exclude each other; leave one of them out"):
+        parsed("--share", "--noise=fresh")
+    assert "share" not in vars(parsed("--share"))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,11 @@ def sample_sets(sets=1, rows=3, n=2, seed=0):
     return SampleSets(sets, rows, n, SHAPE, seed)
 
 
+def of_prompts(prompts, begin, n=2):
+    """A judge of rows, n of them for each prompt, by one that is told the prompts."""
+    return lambda latents, rows: begin(latents, [prompts[row // n] for row in rows])
+
+
 def judge(latents, prompts):
     return lambda: (latents.mean((1, 2, 3)).float(), {"length": torch.tensor([float(len(p)) for p in prompts])})
 
@@ -79,7 +84,8 @@ def test_a_key_twice_in_a_batch_is_drawn_and_judged_once(denoiser, schedule):
     assert keys[0] == keys[1]
     samples.draw(keys, denoiser(PROMPTS[0], PROMPTS[0]), schedule, 8)
     assert len(denoiser.rows) == 2
-    samples.judge(keys, [PROMPTS[0]] * 2, lambda *given: calls.append(given) or judge(*given), 8)
+    begin = of_prompts([PROMPTS[0]] * 2, lambda *given: calls.append(given) or judge(*given))
+    samples.judge(keys, begin, 8)
     assert len(calls) == 1
     scores = samples.scores(keys)
     assert scores.rewards.shape == scores.active.shape == (4, 1) and torch.equal(
@@ -122,7 +128,7 @@ def test_a_new_round_forgets_samples_and_scores(denoiser, schedule):
         with pytest.raises(KeyError):
             samples.latents(keys)
         samples.draw(keys, denoiser(PROMPTS[0]), schedule, 8)
-        samples.judge(keys, PROMPTS[:1], begin, 8)
+        samples.judge(keys, of_prompts(PROMPTS[:1], begin), 8)
     assert len(calls) == 2
     resumed.begin_round(1)
     resumed.draw(keys, denoiser(PROMPTS[0]), schedule, 8)
@@ -138,12 +144,12 @@ def test_samples_are_judged_once_with_their_prompt_in_slices(denoiser, schedule)
 
     keys = samples.keys([0, 1], PROMPTS[:2])
     samples.draw(keys, denoiser(*PROMPTS[:2]), schedule, 8)
-    samples.judge(keys, PROMPTS[:2], begin, 2)
+    samples.judge(keys, of_prompts(PROMPTS[:2], begin, n=3), 2)
     assert [prompts for _, prompts in calls] == [
         [PROMPTS[0]] * 2, [PROMPTS[0]], [PROMPTS[1]] * 2, [PROMPTS[1]],
     ]  # fmt: skip
     assert torch.equal(torch.cat([latents for latents, _ in calls]), samples.latents(keys))
-    samples.judge(keys[::-1], PROMPTS[1::-1], begin, 2)
+    samples.judge(keys[::-1], of_prompts(PROMPTS[1::-1], begin, n=3), 2)
     assert len(calls) == 4
     scores = samples.scores(keys[::-1])
     expected = samples.latents(keys[::-1])
@@ -165,13 +171,13 @@ def test_samples_without_a_score_are_judged_again_and_only_they(denoiser, schedu
 
     keys = samples.keys([0, 1], PROMPTS[:2])
     samples.draw(keys, denoiser(*PROMPTS[:2]), schedule, 8)
-    samples.judge(keys, PROMPTS[:2], begin, 8)
+    samples.judge(keys, of_prompts(PROMPTS[:2], begin), 8)
     scores = samples.scores(keys)
     assert scores.rewards.isnan().flatten().tolist() == [False, True, False, False]
     # A component that one prompt's verdict lacks has no value there.
     assert scores.components["length"].isnan().flatten().tolist() == [True, True, False, False]
     broken.clear()
-    samples.judge(keys, PROMPTS[:2], begin, 8)
+    samples.judge(keys, of_prompts(PROMPTS[:2], begin), 8)
     assert calls == [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
     assert not samples.scores(keys).rewards.isnan().any()
 
@@ -191,10 +197,10 @@ def test_a_failing_judge_is_waited_for_and_leaves_what_was_judged_before(denoise
 
     keys = samples.keys([0, 1, 2], PROMPTS)
     samples.draw(keys, denoiser(*PROMPTS), schedule, 8)
-    samples.judge(keys[:1], PROMPTS[:1], begin, 8)
+    samples.judge(keys[:1], of_prompts(PROMPTS[:1], begin), 8)
     before = samples.scores(keys[:1]).rewards
     with pytest.raises(OSError, match="no answer"):
-        samples.judge(keys, PROMPTS, begin, 8)
+        samples.judge(keys, of_prompts(PROMPTS, begin), 8)
     assert waited == [PROMPTS[0], PROMPTS[1], PROMPTS[2]]
     assert torch.equal(samples.scores(keys[:1]).rewards, before)
     with pytest.raises(KeyError):

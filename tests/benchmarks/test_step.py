@@ -1,0 +1,80 @@
+"""The benchmark of a step counts the work of the method."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import naive, step
+from sharpening.errors import UserError
+from tests.support.objective import problem
+from tiny_world.tiny_sdxl import make_pipeline
+
+
+def flops_of(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "rlhf"])
+def test_work_is_that_of_the_method(method, benchmark_run, tmp_path):
+    """In forwards, backwards and decodes of a row."""
+    output = tmp_path / "step.json"
+    printed = benchmark_run(
+        "step", "--model", "tiny", "--method", method, "--rounds", 2, "--num_noisy_latents", 4, "--output", output,
+        "--latents_per_prompt", 1,
+    )  # fmt: skip
+    found = json.loads(output.read_text())
+    pipeline = make_pipeline(seed=0)
+    _, condition, x_0, _, _ = problem(pipeline, 1, 1, torch.float32, size=8)
+    trained = flops_of(lambda: naive.forward(pipeline.unet, x_0, 5, condition).sum().backward())
+    with torch.no_grad():
+        forward = flops_of(lambda: naive.forward(pipeline.unet, x_0, 5, condition))
+        decode = flops_of(lambda: pipeline.vae.decode(x_0))
+    n, m, steps = 4, 3, 25
+    generated, compared, pair = (steps, 2 * m, 2) if method == "rlhf" else (0, 0, 1)
+    expected = {
+        "script": (generated + n * m + compared) * forward + pair * m * trained + n * m * decode,
+        "plain": trained,
+        "branch_step": forward + decode,
+        "score": n * m * forward,
+    }
+    assert {name: found["flops"][name] for name in expected} == {
+        name: pytest.approx(count, rel=0.002) for name, count in expected.items()
+    }
+    # Through the sampler a later step's gradient reaches the first layer's input, too.
+    literal = ((n * steps + n * m if method == "rlhf" else 0) * forward) + n * m * (trained + decode)
+    assert 1 <= found["flops"]["naive"] / literal < 1.03
+    assert found["peak_bytes"]["script"] < found["peak_bytes"]["naive"]
+    assert set(found["operators"]) == {"script", "naive", "plain", "branch_step"}
+    assert found["operators"]["branch_step"] < found["operators"]["plain"] < found["operators"]["script"]
+    for seconds, phases in zip(found["seconds"]["script"], found["phases"], strict=True):
+        assert seconds == pytest.approx(sum(phases.values()))
+        assert {"score", "decode", "reward", "train", "optimizer"} <= set(phases)
+        assert (method == "rlhf") == ("generate" in phases) == ("reference" in phases)
+    assert "cores" in found["machine"] and "torch" in found["machine"]
+    assert "against naive: " in printed and "against plain: " in printed
+
+
+@pytest.mark.slow
+def test_configurations_of_the_scripts_are_taken(benchmark_run):
+    switches = ["--use_lora", "--gradient_checkpointing", "--decoder", "tiny", "--mixed_precision", "bf16"]
+    printed = benchmark_run("step", "--model", "tiny", "--method", "rlhf", "--rounds", 1, "--batch", 2, *switches)
+    assert "reference 0." in printed  # its adapter off, the UNet that trains is the reference
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "0"], "--rounds is 0, but it must be at least 1"),
+        (["--resolution", "0"], "--resolution is 0, but it must be at least 1, or left out"),
+        (["--model", "tiny", "--resolution", "36"], "--resolution is 36, but SDXL needs a positive multiple of 8"),
+        (["--model", "tiny", "--method", "rlhf", "--num_noisy_latents", "1"], "a preference needs 2 branches or more"),
+    ],
+)
+def test_mistake_is_told_in_one_sentence(flags, message):
+    with pytest.raises(UserError, match=message):
+        step.main(flags)
