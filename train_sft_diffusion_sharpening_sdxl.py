@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
     # of diffusers' models.
     from sharpening.data.captioned_images import load_captioned_images
-    from sharpening.plan import Method, Plan
+    from sharpening.running.plan import Method, Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
     plan = Plan(args, FLAGS, Method("SFT Diffusion-Sharpening", "diffusion-sharpening", "2502.12146"))

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     # Imported here, so that --help and a mistyped flag are answered before seconds of imports, --dry_run before those
     # of diffusers' models.
     from sharpening.data.prompts import load_prompts
-    from sharpening.plan import Method, Plan
+    from sharpening.running.plan import Method, Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
     plan = Plan(args, FLAGS, Method("best-of-n fine-tuning", "best-of-n", "2502.12146"))

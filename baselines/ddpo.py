@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> int:
     """
     # Imported here, so that --help and --dry_run are answered before seconds of imports.
     from sharpening.data.prompts import load_prompts
-    from sharpening.plan import Method, Plan
+    from sharpening.running.plan import Method, Plan
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
     plan = Plan(args, FLAGS, Method("DDPO", "ddpo", "2305.13301"))

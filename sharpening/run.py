@@ -34,10 +34,10 @@ from sharpening.data.encoding_cache import CachedData, collate
 from sharpening.draws import Draws, DrawSampler, timestep_probabilities
 from sharpening.errors import Stop, require
 from sharpening.model_source import Source, text_identity
-from sharpening.plan import Plan
 from sharpening.reference import Reference
 from sharpening.rewards.calling import Reward, RewardError
 from sharpening.running import checkpoints, optimization, publishing, tracking
+from sharpening.running.plan import Plan
 from sharpening.running.signals import StopSignal
 from sharpening.running.validation import Drawing, Validation, averaged_weights, read_validation_prompts
 from sharpening.running.watch import Watch

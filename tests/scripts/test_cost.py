@@ -1,6 +1,7 @@
 """What a step of either script costs: the rows it promises are those that pass through the models; the dry run."""
 
 import importlib
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -23,20 +24,20 @@ def method(request):
 
 
 @pytest.fixture
-def rows_of_a_step(method, train, flags, forwards, decodes):
+def rows_of_a_step(method, train, flags, forwards, decodes, tmp_path):
     """The rows of a step by purpose, as the script promises and as its models see them, a mean over two steps."""
+
+    runs = itertools.count()
 
     def of(**changes):
         script = importlib.import_module(SCRIPTS[method].removesuffix(".py"))
-        command = flags(**{**OFF_GRID, **changes}, max_train_steps=2)
+        command = flags(**{**OFF_GRID, **changes}, max_train_steps=2, output_dir=tmp_path / str(next(runs)))
+        forwards.clear(), decodes.clear()
         assert train(command) == 0
         promised = script.rows_per_step(script.parse_args(command))
         seen = dict.fromkeys(promised, 0)
         for forward in forwards:
-            purpose = forward.purpose
-            if method == "SFT" and purpose == "compare":
-                purpose = "score"  # this script scores in training mode
-            seen[purpose] += len(forward.x) / 2
+            seen[forward.purpose] += len(forward.x) / 2
         seen["decode"] += sum(decodes) / 2
         return promised, seen
 
@@ -93,22 +94,28 @@ def test_rows_of_sft_are_those_promised(changes, rows_of_a_step):
     ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()) or "defaults",
 )
 def test_rows_of_rlhf_are_those_promised(changes, rows_of_a_step):
-    """Only selected pairs see the reference and a gradient; a generation is counted once for all updates it serves;
-    where samples are judged and the pairs fit one slice, nothing is compared beforehand."""
+    """Only selected pairs see the reference and a gradient; a generation is counted once for all updates it serves."""
     promised, seen = rows_of_a_step(**changes)
     assert seen == promised
-    at_once = changes.get("reward_on") == "sample" and changes.get("train_rows") in (4, 8)
-    if changes.get("reward_on") == "sample" and "preset" not in changes and "train_rows" in changes:
-        assert (seen["compare"] == 0) == at_once
+
+
+@pytest.mark.usefixtures("no_result")
+@pytest.mark.parametrize("method", ["RLHF"], indirect=True)
+@pytest.mark.parametrize("m", [1, 2])
+def test_no_forward_is_done_twice_where_samples_are_judged_and_pairs_fit_one_slice(m, rows_of_a_step):
+    fitting = 2 * 2 * m  # the states of the pairs of 2 prompts
+    _, at_once = rows_of_a_step(**SAMPLES, trajectory_nums=m, train_rows=fitting)
+    _, sliced = rows_of_a_step(**SAMPLES, trajectory_nums=m, train_rows=fitting - 1)
+    assert at_once == {**sliced, "score": sliced["score"] - 4} and at_once["train"] == fitting
 
 
 @pytest.mark.parametrize("method", ["SFT"], indirect=True)
 @pytest.mark.parametrize("m", [1, 3])
 def test_one_branch_is_neither_scored_nor_judged(m, train, flags, tmp_path, forwards, decodes, caplog):
     """There is nothing to select: m states are trained on, and reaching the last of them costs m - 1 forwards."""
-    (tmp_path / "mine.py").write_text("def refuse(images, prompts):\n    raise OSError('asked')\n")
     options = {**OFF_GRID, "num_noisy_latents": 1, "trajectory_nums": m, "branch_image_steps": 1}
-    assert train(flags(**options, max_train_steps=22, reward_model=f"{tmp_path}/mine.py:refuse")) == 0
+    # This reward could not be loaded: its weights are not here.
+    assert train(flags(**options, max_train_steps=22, reward_model="image_reward")) == 0
     assert decodes == []
     rows = {gradient: sum(len(f.x) for f in forwards if f.gradient == gradient) for gradient in (False, True)}
     assert rows == {False: 22 * 2 * (m - 1), True: 22 * 2 * m}

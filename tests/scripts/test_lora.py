@@ -1,5 +1,6 @@
 """LoRA in both scripts: what trains, what is saved, what diffusers makes of it, and the reference of RLHF."""
 
+import re
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from sharpening import model_source, sdxl
+from sharpening.reference import Reference
 from tests.support.objective import problem
 from tests.support.runs import metrics, same_files, same_tensors
 from tiny_world.make_tiny_sdxl import make_pipeline
@@ -21,12 +23,9 @@ def method(request):
 
 
 @pytest.fixture
-def trained(monkeypatch):
-    """The UNets that the script trains."""
-    unets = []
-    load = sdxl.load_unet
-    monkeypatch.setattr(sdxl, "load_unet", lambda *args: unets.append(load(*args)) or unets[-1])
-    return unets
+def trained(forwards):
+    """The UNet that the script has trained, as it is used to draw."""
+    return lambda: next(forward.unet for forward in reversed(forwards) if forward.gradient).eval()
 
 
 def outputs(unet):
@@ -43,17 +42,17 @@ def test_result_is_an_adapter_that_stock_diffusers_applies_as_it_was_trained(
     pipeline = StableDiffusionXLPipeline.from_pretrained(world.model)
     before = outputs(pipeline.unet)
     pipeline.load_lora_weights(tmp_path / "run")
-    torch.testing.assert_close(outputs(pipeline.unet), outputs(trained[0].eval()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs(pipeline.unet), outputs(trained()), rtol=1e-5, atol=1e-6)
     assert (outputs(pipeline.unet) - before).abs().max() > 1e-3
     assert not (tmp_path / "run" / "model_index.json").exists() and not (tmp_path / "run" / "unet").exists()
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "pipe.load_lora_weights" in card and "lora]" in card and str(world.model) in card
+    assert "pipe.load_lora_weights" in card and "\n- lora\n" in card and str(world.model) in card
 
 
 def test_only_the_adapter_trains_and_only_it_is_optimized_and_kept(train, flags, world, trained, tmp_path):
     assert train(flags(**LORA, checkpointing_steps=2, use_ema=True)) == 0
     base = UNet2DConditionModel.from_pretrained(world.model, subfolder="unet").state_dict()
-    state = trained[0].state_dict()
+    state = trained().state_dict()
     adapter = [name for name in state if "lora_" in name]
     assert adapter and all(state[name].abs().max() > 0 for name in adapter)
     for name, value in state.items():
@@ -65,7 +64,7 @@ def test_only_the_adapter_trains_and_only_it_is_optimized_and_kept(train, flags,
     assert not (checkpoint / "unet").exists() and (checkpoint / "lora" / ADAPTER).exists()
     pipeline = StableDiffusionXLPipeline.from_pretrained(world.model)
     pipeline.load_lora_weights(checkpoint / "lora_ema")  # the average can be tried as well
-    assert (outputs(pipeline.unet) - outputs(trained[0].eval())).abs().max() > 0
+    assert (outputs(pipeline.unet) - outputs(trained())).abs().max() > 0
 
 
 @pytest.mark.slow
@@ -100,8 +99,6 @@ def test_resuming_with_another_kind_of_weights_is_refused(
     checkpoint = trained_once(**{**common, **first}, checkpointing_steps=1) / "checkpoint-1"
     shutil.copytree(checkpoint, tmp_path / "run" / checkpoint.name)
     assert train(flags(**{**common, **then, "max_train_steps": 2}, resume_from_checkpoint="latest")) == 2
-    import re
-
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert re.search(said, error)
 
@@ -119,20 +116,14 @@ def test_dry_run_counts_the_memory_of_the_adapter_alone(train, flags, capsys, me
 @pytest.mark.usefixtures("no_result")
 def test_base_is_held_in_the_compute_dtype_and_the_adapter_in_float32(train, flags, trained):
     assert train(flags(**LORA, mixed_precision="bf16")) == 0
-    kinds = {("lora_" in name, parameter.dtype) for name, parameter in trained[0].named_parameters()}
+    kinds = {("lora_" in name, parameter.dtype) for name, parameter in trained().named_parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_adapter_begins_as_the_identity_and_switched_off_is_the_base_model_bit_for_bit(world):
     """The reference of RLHF with LoRA."""
-    from types import SimpleNamespace
-
-    args = SimpleNamespace(
-        use_lora=True, lora_rank=4, lora_alpha=None, gradient_checkpointing=False,
-        enable_xformers_memory_efficient_attention=False, enable_npu_flash_attention=False,
-    )  # fmt: skip
     source = model_source.Source("pretrained_model_name_or_path", str(world.model))
-    unet = sdxl.load_unet(args, source, torch.device("cpu"), torch.float32).eval()
+    unet = sdxl.load_unet(source, torch.device("cpu"), torch.float32, sdxl.lora_config(4, None)).eval()
     base = UNet2DConditionModel.from_pretrained(world.model, subfolder="unet")
     assert torch.equal(outputs(unet), outputs(base))
     with torch.no_grad():
@@ -140,7 +131,7 @@ def test_adapter_begins_as_the_identity_and_switched_off_is_the_base_model_bit_f
             parameter.normal_()
     count = len(sdxl.trainable_parameters(unet))
     assert not torch.allclose(outputs(unet), outputs(base), atol=1e-2)
-    with sdxl.reference_unet(unet, None) as reference:
+    with Reference(unet, None).unet() as reference:
         assert torch.equal(outputs(reference), outputs(base))
     assert not torch.allclose(outputs(unet), outputs(base), atol=1e-2)  # and on again
     assert len(sdxl.trainable_parameters(unet)) == count > 0
@@ -154,4 +145,4 @@ def test_card_says_how_to_sample_what_was_trained(prediction_type, train, flags,
     names = {}
     exec(code.replace('load_lora_weights("run")', f'load_lora_weights("{tmp_path}/run")'), names)
     assert names["pipe"].scheduler.config.prediction_type == (prediction_type or "epsilon")
-    torch.testing.assert_close(outputs(names["pipe"].unet), outputs(trained[0].eval()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs(names["pipe"].unet), outputs(trained()), rtol=1e-5, atol=1e-6)

@@ -126,11 +126,50 @@ def test_published_script_has_the_published_flags(method, parse_args):
     line = next(line for line in text.splitlines() if line.startswith("accelerate launch"))
     tokens = shlex.split(line)
     flags = [token for token in tokens[tokens.index(SCRIPTS[method]) + 1 :] if "$" not in token]
-    # The two that need a GPU are refused on this machine, which tests/test_refusals.py shows.
-    gpu = {"--enable_xformers_memory_efficient_attention", "--mixed_precision=fp16"}
-    args = parse_args([*REQUIRED, *(flag for flag in flags if flag not in gpu)])
-    assert gpu <= set(flags)
+    # Two that need a GPU are refused on this machine, which test_refusals.py shows; the end of the line undoes them.
+    undone = ["--no-enable_xformers_memory_efficient_attention", "--mixed_precision=no"]
+    args = parse_args([*REQUIRED, *flags, *undone])
+    assert {"--enable_xformers_memory_efficient_attention", "--mixed_precision=fp16"} <= set(flags)
+    assert not args.enable_xformers_memory_efficient_attention and args.mixed_precision == "no"
     assert (args.resolution, args.train_batch_size, args.gradient_accumulation_steps) == (512, 1, 4)
     assert (args.learning_rate, args.max_train_steps, args.checkpointing_steps) == (1e-6, 10000, 5000)
     assert args.center_crop and args.random_flip and args.gradient_checkpointing and args.use_8bit_adam
     assert (args.lr_warmup_steps, args.proportion_empty_prompts, args.validation_epochs) == (0, 0.2, 5)
+
+
+SWITCHES = [flag for flag, (_, example, _) in FLAGS.items() if example is None]
+
+
+@pytest.mark.parametrize(
+    "switch", [*SWITCHES, "enable_xformers_memory_efficient_attention", "backprop_through_sampler"]
+)
+def test_switch_of_a_line_can_be_undone_at_its_end(switch, parse_args):
+    assert getattr(parse_args([*REQUIRED, f"--{switch}", f"--no-{switch}"]), switch) is False
+
+
+@pytest.mark.parametrize("method", ["RLHF"], indirect=True)
+def test_older_switch_of_shared_noise_keeps_working(parse_args):
+    own = [*REQUIRED, "--latents_per_prompt=n"]
+    assert parse_args([*own, "--share_noise_in_pair"]).branch_noise == "shared"
+    assert parse_args([*own, "--no-share_noise_in_pair"]).branch_noise == "fresh"
+    assert parse_args([*own, "--share_noise_in_pair", "--no-share_noise_in_pair"]).branch_noise == "fresh"
+    assert parse_args([*own, "--share_noise_in_pair", "--branch_noise=shared"]).branch_noise == "shared"
+    released = [*own, "--preset=released", "--no-share_noise_in_pair"]
+    assert parse_args(released).branch_noise == "generation"
+
+
+QUICKSTARTS = {"SFT": "quickstart.sh", "RLHF": "quickstart_rlhf.sh"}
+
+
+def test_quickstart_parses(method, parse_args, tmp_path, monkeypatch):
+    """Its line as it stands, with the shell's variables put in."""
+    text = (ROOT / "scripts" / QUICKSTARTS[method]).read_text().replace("\\\n", " ").replace("$OUT", str(tmp_path))
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "held_out_prompts.txt").write_text("a red circle on a white background\n")
+    monkeypatch.chdir(ROOT)
+    line = next(line for line in text.splitlines() if line.startswith("accelerate launch"))
+    tokens = shlex.split(line)
+    args = parse_args([token for token in tokens[tokens.index(SCRIPTS[method]) + 1 :] if token != "$@"])
+    assert (args.train_batch_size, args.seed, args.reward_model) == (24, 0, "shapes")
+    if method == "RLHF":
+        assert (args.reward_on, args.latents_per_prompt, args.branch_noise) == ("sample", "n", "shared")

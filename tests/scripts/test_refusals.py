@@ -161,6 +161,8 @@ CASES = {
     "flag of the wrong type": ({"resolution": "big"}, ["--resolution", "big"]),
     "negative seed": ({"seed": -1}, ["--seed is -1"]),
     "W&B without a login": ({"report_to": "wandb"}, ["--report_to wandb", "wandb login", "WANDB_MODE=offline"]),
+    "no row to train on": ({"train_rows": 0}, ["--train_rows is 0", "at least 1"]),
+    "no branch to score": ({"score_batch_size": 0}, ["--score_batch_size is 0", "at least 1"]),
     "no checkpoint kept": ({"checkpoints_total_limit": 0}, ["--checkpoints_total_limit is 0"]),
     "no rank": ({"use_lora": True, "lora_rank": 0}, ["--lora_rank is 0", "at least 1"]),
     "alpha of zero": ({"use_lora": True, "lora_alpha": 0}, ["--lora_alpha is 0", "above 0"]),
@@ -207,27 +209,27 @@ RLHF_CASES = {
     "no reuse": ({"generation_reuse": 0}, ["--generation_reuse is 0"]),
     "no generation batch": ({"generation_batch_size": 0}, ["--generation_batch_size is 0"]),
     "some latents": ({"latents_per_prompt": 2}, ["--latents_per_prompt", "2"]),
-    "sets of no reference": ({"reference_sets": 2}, ["--reference_sets", "--generate_with=reference"]),
-    "no set": ({"generate_with": "reference", "reference_sets": 0}, ["--reference_sets is 0"]),
-    "policy of branches": ({"train_on": "policy"}, ["--train_on=policy", "--reward_on=sample"]),
-    "policy with guidance": (
-        {"train_on": "policy", "reward_on": "sample", "latents_per_prompt": "n"},
-        ["--train_on=policy", "--guidance_scale=1"],
+    "policy as a mode": (
+        {"train_on": "policy"}, ["--train_on is no flag of this script any more", "policy is baselines/ddpo.py"],
     ),
-    "policy with a flag it does not heed": (
-        {"train_on": "policy", "reward_on": "sample", "latents_per_prompt": "n", "guidance_scale": 1, "snr_gamma": 5},
-        ["--snr_gamma", "--train_on=policy"],
+    "best as a mode": ({"train_on": "best"}, ["--train_on", "best is baselines/best_of_n.py"]),
+    "samples of the reference": (
+        {"generate_with": "reference"}, ["--generate_with is no flag of this script", "baselines/diffusion_dpo.py"],
     ),
-    "policy of more steps than there are": (
-        {"train_on": "policy", "reward_on": "sample", "latents_per_prompt": "n", "guidance_scale": 1,
-         "trajectory_nums": 5, "infer_steps": 5},
-        ["--trajectory_nums is 5", "--infer_steps=5"],
+    "sets of the reference": (
+        {"reference_sets": 2}, ["--reference_sets is no flag of this script", "diffusion_dpo.py with --sets"],
     ),
     "samples of one latent": ({"reward_on": "sample"}, ["--reward_on=sample", "--latents_per_prompt=n"]),
     "shared and generating noise": (
-        {"preset": "released", "share_noise_in_pair": True}, ["--share_noise_in_pair and --branch_noise=generation"],
+        {"share_noise_in_pair": True, "branch_noise": "generation"},
+        ["--share_noise_in_pair and --branch_noise=generation exclude each other"],
     ),
-    "one latent and one noise": ({"share_noise_in_pair": True}, ["--share_noise_in_pair", "--latents_per_prompt=n"]),
+    "one latent and one noise": (
+        {"share_noise_in_pair": True}, ["--branch_noise=shared needs", "--latents_per_prompt=n"],
+    ),
+    "one latent and its own noise": (
+        {"branch_noise": "generation"}, ["--branch_noise=generation needs", "--latents_per_prompt=n"],
+    ),
 }  # fmt: skip
 
 

@@ -84,6 +84,19 @@ def test_any_flag_that_changes_the_computation_is_pointed_out(changes, train, fl
 
 
 @pytest.mark.usefixtures("no_result")
+@pytest.mark.parametrize("method", ["SFT"], indirect=True)
+def test_checkpoint_of_another_method_is_refused(train, flags, trained_once, tmp_path, capsys):
+    checkpoint = trained_once(max_train_steps=1, infer_steps=3, checkpointing_steps=1) / "checkpoint-1"
+    state = json.loads((checkpoint / "state.json").read_text())
+    shutil.copytree(checkpoint, tmp_path / "run" / checkpoint.name)
+    state["method"] = "RLHF Diffusion-Sharpening"
+    (tmp_path / "run" / checkpoint.name / "state.json").write_text(json.dumps(state))
+    assert train(flags(max_train_steps=2, infer_steps=3, resume_from_checkpoint="latest")) == 2
+    said = "was written by RLHF Diffusion-Sharpening, but this script is SFT Diffusion-Sharpening"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_result")
 def test_only_the_newest_checkpoints_are_kept(train, flags, tmp_path):
     options = {"max_train_steps": 5, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "trajectory_nums": 1}
     assert train(flags(**options)) == 0

@@ -1,6 +1,7 @@
 """The SFT script with each reward of the catalogue, on tiny random checkpoints of the right architecture."""
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mllm_template import load_template
@@ -65,19 +66,15 @@ def test_training_with_a_weighted_sum_of_four(options, train, flags, tmp_path):
 
 
 @pytest.mark.usefixtures("no_result")
-def test_grades_decide_which_branch_is_trained_on(options, train, flags, tmp_path, server, monkeypatch):
+def test_grades_decide_which_branch_is_trained_on(options, train, flags, tmp_path, server, forwards):
     """The grader prefers whichever image it sees second; with one step per branch that is the second branch."""
-    chosen = []
-    import sharpening.trajectory as trajectory
-
-    select = trajectory.select
-    monkeypatch.setattr(trajectory, "select", lambda *a: chosen.append(select(*a)) or chosen[-1])
     server.plan = {caption: [Action(grades(1)), Action(grades(9))] for caption in every_caption()}
     small = {**SMALL, "trajectory_nums": 1, "mllm_concurrency": 1, "max_train_steps": 1}
     assert train(flags(**small, **options["mllm"])) == 0
     (line,) = metrics(tmp_path / "run")
     assert (line["reward/best"], line["reward/worst"]) == (pytest.approx(0.9), pytest.approx(0.1))
-    assert chosen[0].best.tolist() == [1]
+    scored, trained_on = forwards
+    assert torch.equal(trained_on.x, scored.x[1:]) and not torch.equal(trained_on.x, scored.x[:1])
 
 
 def every_caption():

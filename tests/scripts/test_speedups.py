@@ -1,6 +1,6 @@
 """Every means of speed against the plain way: the same branches are chosen, and the same is learned up to rounding."""
 
-from types import SimpleNamespace
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -25,10 +25,12 @@ def without_channels_last(monkeypatch):
 
 
 def without_fused_optimizer(monkeypatch):
-    from sharpening import run
+    from sharpening.running import optimization
 
-    make = run.make_optimizer
-    monkeypatch.setattr(run, "make_optimizer", lambda *args, scaled: make(*args, scaled=True))
+    make = optimization.make_adam
+    monkeypatch.setattr(
+        optimization, "make_adam", lambda *args, scaled, **options: make(*args, scaled=True, **options)
+    )
 
 
 def without_overlap(monkeypatch):
@@ -54,34 +56,22 @@ def without_joint_guidance(monkeypatch):
     monkeypatch.setattr(sdxl.GuidedUNet, "predict", predict)
 
 
-def without_slices(monkeypatch):
-    """Every branch is walked, and every estimate decoded, by itself."""
-    from sharpening import sdxl, trajectory
-
-    score, decode = trajectory.score_branches, sdxl.decode_latents
-    monkeypatch.setattr(trajectory, "score_branches", lambda *args, **options: score(*args[:6], 1, **options))
-    monkeypatch.setattr(sdxl, "decode_latents", lambda vae, latents, batch_size: decode(vae, latents, 1))
-
-
 LATE_REWARD = """
 def late(images, prompts):
     return lambda: (images * images.new_tensor([3, 2, 1]).view(3, 1, 1)).mean((1, 2, 3))
 """
 
 
-def test_means_are_in_use(tmp_path):
+def test_means_are_in_use():
     """Where a GradScaler skips steps, accelerate must see which: the fused optimizer would hide it."""
-    from sharpening import model_source, run, sdxl
+    from sharpening import model_source, sdxl
+    from sharpening.running.optimization import make_adam
 
-    parameters = [torch.nn.Parameter(torch.zeros(2))]
-    args = SimpleNamespace(
-        learning_rate=1e-3, scale_lr=False, use_8bit_adam=False, adam_beta1=0.9, adam_beta2=0.999,
-        adam_weight_decay=0.0, adam_epsilon=1e-8, pretrained_vae_model_name_or_path=None,
-    )  # fmt: skip
     for scaled in (False, True):
-        assert run.make_optimizer(parameters, args, 1, scaled=scaled).defaults["fused"] == (not scaled)
+        optimizer = make_adam([torch.nn.Parameter(torch.zeros(2))], eight_bit=False, scaled=scaled, lr=1e-3)
+        assert optimizer.defaults["fused"] == (not scaled)
     source = model_source.Source("pretrained_model_name_or_path", str(ROOT / "tiny_world" / "sdxl"))
-    vae = sdxl.load_vae(args, source, torch.device("cpu"), torch.float32)
+    vae = sdxl.load_decoder(source, "vae", torch.device("cpu"), torch.float32)
     kernels = [weight for weight in vae.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
     assert kernels and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
 
@@ -91,15 +81,15 @@ def test_means_are_in_use(tmp_path):
 def test_optimizer_is_told_of_a_scaler(scaler, train, flags, monkeypatch):
     from accelerate import Accelerator
 
-    from sharpening import run
+    from sharpening.running import optimization
 
     told = []
 
-    def record(*args, scaled):
+    def record(*args, scaled, **options):
         told.append(scaled)
         raise UserError("enough")
 
-    monkeypatch.setattr(run, "make_optimizer", record)
+    monkeypatch.setattr(optimization, "make_adam", record)
     make = Accelerator.__init__
 
     def initialise(self, *args, **options):
@@ -111,36 +101,56 @@ def test_optimizer_is_told_of_a_scaler(scaler, train, flags, monkeypatch):
     assert told == [scaler is not None]
 
 
+SLICES = {"score_batch_size": 1, "decode_batch_size": 1, "train_rows": 1, "generation_batch_size": 1}
+
+
+@pytest.fixture
+def same_choices(method, train, flags, tmp_path, forwards):
+    """Check that two runs train on the same states, up to rounding, and learn the same from them."""
+
+    def trained_on(name, options):
+        forwards.clear()
+        assert train(flags(**{**RUN, **options}, output_dir=tmp_path / name)) == 0
+        states = [forward for forward in forwards if forward.gradient]
+        return torch.cat([forward.x for forward in states]), torch.cat([forward.t for forward in states])
+
+    def check(options, plain_options, turned_off):
+        fast, fast_t = trained_on("fast", options)
+        with turned_off:
+            plain, plain_t = trained_on("plain", plain_options)
+        # Another branch has another noise, whose distance would be that of two normal numbers.
+        assert torch.equal(fast_t, plain_t) and (fast - plain).abs().max() < 0.05
+        for ours, theirs in zip(metrics(tmp_path / "fast"), metrics(tmp_path / "plain"), strict=True):
+            for name in ("reward/best", "reward/worst", "reward/mean"):
+                assert ours[name] == pytest.approx(theirs[name], abs=REWARD_TOLERANCE)
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS_TOLERANCE)
+
+    return check
+
+
 @pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize(
-    "turn_off",
-    [without_channels_last, without_fused_optimizer, without_overlap, without_joint_guidance, without_slices],
+    "turn_off", [without_channels_last, without_fused_optimizer, without_overlap, without_joint_guidance]
 )
-def test_same_branches_are_chosen_without_it(turn_off, train, flags, tmp_path, monkeypatch):
-    from sharpening import trajectory
-
-    choices, select = [], trajectory.select
-
-    def record(rewards, active):
-        choices.append(select(rewards, active))
-        return choices[-1]
-
-    monkeypatch.setattr(trajectory, "select", record)
-    options = dict(RUN)
+def test_same_branches_are_chosen_without_it(turn_off, same_choices, tmp_path, monkeypatch):
+    options = {}
     if turn_off is without_joint_guidance:
         options["branch_guidance_scale"] = 3
     if turn_off is without_overlap:
         (tmp_path / "mine.py").write_text(LATE_REWARD)
         options["reward_model"] = f"{tmp_path}/mine.py:late"
-    assert train(flags(**options, output_dir=tmp_path / "fast")) == 0
-    fast = [*choices]
-    choices.clear()
-    with monkeypatch.context() as patched:
-        turn_off(patched)
-        assert train(flags(**options, output_dir=tmp_path / "plain")) == 0
-    assert len(fast) == len(choices) == 2
-    for ours, plain in zip(fast, choices, strict=True):
-        assert torch.equal(ours.best, plain.best) and torch.equal(ours.worst, plain.worst)
-        torch.testing.assert_close(ours.branch_reward, plain.branch_reward, rtol=0, atol=REWARD_TOLERANCE)
-    ours, plain = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("fast", "plain"))
-    assert ours == pytest.approx(plain, rel=LOSS_TOLERANCE)
+
+    @contextmanager
+    def turned_off():
+        with monkeypatch.context() as patched:
+            turn_off(patched)
+            yield
+
+    same_choices(options, options, turned_off())
+
+
+@pytest.mark.usefixtures("no_result")
+def test_same_branches_are_chosen_one_by_one(same_choices, method):
+    """Every branch is walked, every estimate decoded and every state trained on by itself."""
+    slices = {name: size for name, size in SLICES.items() if method == "RLHF" or name != "generation_batch_size"}
+    same_choices({}, slices, nullcontext())

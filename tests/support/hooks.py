@@ -16,18 +16,15 @@ class Forward(NamedTuple):
     t: torch.Tensor  # (R,)
     without_prompt: torch.Tensor  # (R,) bool: the embedding is zero, which is how SDXL says it
     frozen: bool  # no parameter trains, or the adapter is switched off
-    training: bool
     gradient: bool
 
     @property
     def purpose(self):
-        """Of a script's forward, if its branches never stand on a timestep of the sampler's grid; see `OFF_GRID`."""
+        """Of a forward of the two scripts, if no branch ever stands on the sampler's grid; see `OFF_GRID`."""
         if self.frozen:
             return "reference"
-        if self.gradient:
+        if self.gradient or self.without_prompt.all():  # the unconditional part of guidance has no gradient
             return "train"
-        if self.training:  # the unconditional part of guidance has no gradient
-            return "train" if self.without_prompt.all() else "compare"
         return "generate" if (self.t % 200 == 1).all() else "score"
 
 
@@ -54,7 +51,7 @@ def unet_forwards():
             x, t = (part.detach().clone() for part in args)
             without_prompt = kwargs["encoder_hidden_states"].abs().flatten(1).amax(1) == 0
             frozen = not any(part.requires_grad for part in module.parameters()) or adapter_is_off(module)
-            seen.append(Forward(module, x, t, without_prompt, frozen, module.training, torch.is_grad_enabled()))
+            seen.append(Forward(module, x, t, without_prompt, frozen, torch.is_grad_enabled()))
 
     handle = register_module_forward_hook(record, with_kwargs=True)
     try:
