@@ -475,6 +475,7 @@ def test_real_launch_leaves_a_pipeline_and_refuses_in_one_sentence(launch, flags
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["DPO"])
+@pytest.mark.xdist_group("two processes")
 def test_two_processes_equal_one_of_twice_the_batch(launch, train, flags, prompts, quick, tmp_path):
     """In rounds and with an adapter, whose reference is swapped in below the wrapper that exchanges gradients."""
     options = {**quick, **prompts, "rounds": 2, "max_train_steps": 4, "use_lora": True, "use_ema": True}
