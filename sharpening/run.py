@@ -401,9 +401,10 @@ class Run:
         if self.is_main:
             with averaged_weights(unet, ema):
                 self._write_result(unet)
-            tracking.plot_rewards(self._log.path, self.output_dir / "reward_curve.png")
-            saved = "LoRA adapter" if args.use_lora else "pipeline"
-            print(f"saved the {saved} and reward_curve.png to {self.output_dir}", flush=True)
+            saved, curve = "LoRA adapter" if args.use_lora else "pipeline", self.output_dir / "reward_curve.png"
+            tracking.plot_rewards(self._log.path, curve)  # if anything was judged
+            saved += f" and {curve.name}" if curve.exists() else ""
+            print(f"saved the {saved} to {self.output_dir}", flush=True)
         self.close()
         if self.is_main and args.push_to_hub:
             repository = args.hub_model_id or self.output_dir.name
