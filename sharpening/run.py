@@ -402,8 +402,8 @@ class Run:
             with averaged_weights(unet, ema):
                 self._write_result(unet)
             saved, curve = "LoRA adapter" if args.use_lora else "pipeline", self.output_dir / "reward_curve.png"
-            tracking.plot_rewards(self._log.path, curve)  # if anything was judged
-            saved += f" and {curve.name}" if curve.exists() else ""
+            if tracking.plot_rewards(self._log.path, curve):
+                saved += f" and {curve.name}"
             print(f"saved the {saved} to {self.output_dir}", flush=True)
         self.close()
         if self.is_main and args.push_to_hub:

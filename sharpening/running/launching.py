@@ -1,4 +1,4 @@
-"""What precedes a run: the accelerator, and the plan that `--dry_run` prints. Does not import diffusers' models."""
+"""The accelerator of a run, and what the run will hold in memory. Does not import diffusers' models."""
 
 import logging
 import math

@@ -126,16 +126,17 @@ def log_images(accelerator: Accelerator, output_dir: Path, images: Mapping[str, 
         tracker.log_images({name: to_numpy(value) for name, value in images.items()}, step=step, **layout)
 
 
-def plot_rewards(metrics_path: Path, image_path: Path) -> None:
-    """Mean reward over optimizer steps with the spread over branches as a band (figure 6), best and worst branch."""
+def plot_rewards(metrics_path: Path, image_path: Path) -> bool:
+    """Draw the mean reward over optimizer steps with the spread over branches as a band (figure 6), best and worst
+    branch; returns whether there was anything to draw."""
+    lines = [line for line in read_metrics(metrics_path) if "reward/mean" in line]
+    if not lines:
+        return False
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [line for line in read_metrics(metrics_path) if "reward/mean" in line]
-    if not lines:
-        return
     window = max(1, len(lines) // 20)
 
     def running(name: str) -> np.ndarray:
@@ -159,3 +160,4 @@ def plot_rewards(metrics_path: Path, image_path: Path) -> None:
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(image_path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
+    return True

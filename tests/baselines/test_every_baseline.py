@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 
 from sharpening import model_source
 from tests.baselines import literal
-from tests.support.runs import ROOT, metrics, same_files, same_tensors
+from tests.support.runs import ROOT, SPEED, metrics, same_files, same_tensors, without_speed
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 ADAPTER = "pytorch_lora_weights.safetensors"
 STATE = (WEIGHTS, WEIGHTS.replace("unet/", "unet_ema/"), "optimizer.bin", "custom_checkpoint_0.pkl")
-SPEED = {"samples_per_second", "peak_memory_gib", "generation_time_share"}
 CURVES = SPEED | {
     "loss", "lr", "grad_norm", "reward/mean", "reward/best", "reward/worst", "reward/spread", "reward/tie_rate",
     "reward/failure_rate", "reward/component/shapes", "reward/component/jpeg_compressibility",
@@ -34,11 +33,6 @@ BASE = {"samples_of": "base"}
 @pytest.fixture(params=["DPO", "BEST_OF_N", "DDPO"])
 def method(request):
     return request.param
-
-
-def values(line):
-    """A line of metrics without what depends on the machine's speed."""
-    return {name: value for name, value in line.items() if name not in SPEED}
 
 
 def cases(of_method):
@@ -189,7 +183,7 @@ def test_three_plus_three_steps_equal_six_bit_for_bit(changes, train, flags, qui
     assert train(flags(**options, output_dir=resumed, resume_from_checkpoint="latest")) == 0
     assert same_files(whole / "checkpoint-6", resumed / "checkpoint-6", STATE) == []
     assert [line["step"] for line in metrics(resumed)] == [1, 2, 3, 4, 5, 6]
-    assert [*map(values, metrics(whole))] == [*map(values, metrics(resumed))]
+    assert [*map(without_speed, metrics(whole))] == [*map(without_speed, metrics(resumed))]
     # The seed was drawn, not given: the resumed run took it from the checkpoint.
     first, second = (json.loads((run / "checkpoint-6" / "state.json").read_text()) for run in (whole, resumed))
     assert first["args"]["seed"] == second["args"]["seed"] is not None
@@ -261,7 +255,7 @@ def test_accumulated_batches_equal_a_bigger_batch(method, changes, train, flags,
     assert train(flags(**options, **split, output_dir=parts)) == 0
     for one, other in zip(seen.updates[:2], seen.updates[2:], strict=True):
         assert (one.gradient - other.gradient).norm() < ROUNDING[method] * one.gradient.norm()
-    left, right = values(metrics(whole)[1]), values(metrics(parts)[1])
+    left, right = without_speed(metrics(whole)[1]), without_speed(metrics(parts)[1])
     assert left.keys() == right.keys()
     for name in left:
         assert left[name] == pytest.approx(right[name], rel=max(1e-5, ROUNDING[method]), abs=1e-6), name
