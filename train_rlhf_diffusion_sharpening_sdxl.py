@@ -90,16 +90,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         args.latents_per_prompt == "n" or needs == "branch_noise=fresh",
         f"--{needs} needs branches that start from different latents; add --latents_per_prompt=n",
     )
-    # As many rows as one step of the batch's pairs has, or 8 where that is less.
-    args.train_rows = args.train_rows or max(8, 2 * args.train_batch_size)
     return args
 
 
 def one_forward_trains(args: argparse.Namespace) -> bool:
     """Whether the forward that gives the gradient also gives the errors that the loss weighs: where the graph goes
-    through the sampler, or samples are judged and all states of the pairs fit one slice."""
-    pairs_fit = 2 * args.train_batch_size * args.trajectory_nums <= args.train_rows
-    return args.backprop_through_sampler or (args.reward_on == "sample" and pairs_fit)
+    through the sampler, or samples are judged and the states of a pair fit one slice."""
+    a_pair_fits = 2 * args.trajectory_nums <= args.train_rows
+    return args.backprop_through_sampler or (args.reward_on == "sample" and a_pair_fits)
 
 
 def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
@@ -177,9 +175,10 @@ def main(args: argparse.Namespace) -> int:
     plan = Plan(args, FLAGS, Method("RLHF Diffusion-Sharpening", "diffusion-sharpening", "2502.12146"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
     prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
-    n, m, batch_size = args.num_noisy_latents, args.trajectory_nums, args.train_batch_size
+    n, m = args.num_noisy_latents, args.trajectory_nums
+    prompts_per_step = args.train_batch_size * args.gradient_accumulation_steps
     latents_per_prompt = n if args.latents_per_prompt == "n" else 1
-    accumulation, reuse, guidance = args.gradient_accumulation_steps, args.generation_reuse, args.branch_guidance_scale
+    reuse, guidance = args.generation_reuse, args.branch_guidance_scale
     facts = {"preset": f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)"}
     plan.settle(
         len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, reuse, frozen=not args.use_lora
@@ -192,12 +191,13 @@ def main(args: argparse.Namespace) -> int:
     from sharpening import sdxl
     from sharpening.data.encoding_cache import cache_embeddings
     from sharpening.draws import draw_noise
-    from sharpening.generation import Generations, generate_in_slices, not_finite
+    from sharpening.generation import Generation, generate_in_slices
     from sharpening.regression import Regression
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_divergence, add_preference, add_rewards
     from sharpening.selection import begin_samples, score_branches, select
     from sharpening.trajectory import Branches, outputs_through_sampler, walk_path
+    from sharpening.transfer import slices, upload
 
     run = Run(plan)
     reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
@@ -209,8 +209,8 @@ def main(args: argparse.Namespace) -> int:
     reference = run.load_reference(unet)
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
-    generations = Generations()
-    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, generations.made)
+    generation = Generation()
+    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, generation.made)
     regression = Regression(schedule, args.branch_target, args.snr_gamma)
 
     encoders, unconditional = run.load_text_encoders()
@@ -219,109 +219,109 @@ def main(args: argparse.Namespace) -> int:
     del encoders
     batches, draws = run.batches(data, reuse), run.draws()
     shape = sdxl.latent_shape(vae, args.resolution)
-    time_ids = sdxl.default_time_ids(batch_size, args.resolution, device)
+    time_ids = sdxl.default_time_ids(prompts_per_step, args.resolution, device)
 
     # ------------------------------------------------------------------------------------------------ TRAINING
     means = Means(device)
     for step in run.steps(unet):
+        # -------------------------------------------------------------------------------------------- GENERATE
         use = (step - 1) % reuse
-        if use == 0 or not generations.batches:
-            prompts_to_come = [next(batches) for _ in range(accumulation)]
-            fits = generations.begin(prompts_to_come, (batch_size * latents_per_prompt, *shape))
+        if use == 0 or not generation.batch:
+            fits = generation.begin(next(batches), (prompts_per_step * latents_per_prompt, *shape))
             # A checkpoint's latents serve the prompts that they were made for, on all processes or on none.
             if run.any_rank(use == 0 or not fits):
-                generations.made.clear()
-        for micro_batch, batch in enumerate(generations.batches):
-            last = micro_batch == accumulation - 1
-            # ---------------------------------------------------------------------------------------- GENERATE
-            prompts = batch["caption"]
-            condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
-            unet.eval()
-            noise = draw_noise(args.seed, batch["draw"].tolist(), latents_per_prompt, shape).flatten(0, 1).to(device)
-            if len(generations.made) == micro_batch:
-                of_latents = condition.rows(torch.arange(len(noise)) // latents_per_prompt)
-                drawing = sdxl.Denoiser(unet, of_latents, unconditional, args.guidance_scale)
-                with run.phase("generation"), accelerator.autocast():
-                    latents = generate_in_slices(drawing.rows, schedule, noise, args.generation_batch_size)
-                generations.add(prompts, latents)
-                run.stop_if(not_finite(latents, step))
+                generation.made.clear()
+        batch, prompts = generation.batch, generation.batch["caption"]  # all P of the step, however accumulated
+        condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
+        unet.eval()
+        noise = draw_noise(args.seed, batch["draw"].tolist(), latents_per_prompt, shape).flatten(0, 1)
+        noise = upload(noise, device)
+        # One autocast around a whole pass: it converts the weights once, and forgets them before a gradient is taken.
+        if not generation.made:
+            drawing = sdxl.Denoiser(unet, condition.repeat(latents_per_prompt), unconditional, args.guidance_scale)
+            with run.phase("generation"), accelerator.autocast():
+                generation.keep(generate_in_slices(drawing.rows, schedule, noise, args.generation_batch_size))
 
-            # ------------------------------------------------------------------------------------------ SAMPLE
-            x_0 = generations.made[micro_batch]["latents"].to(device)  # (B * latents_per_prompt, 4, h, w)
-            x_0 = x_0.repeat_interleave(n // latents_per_prompt, 0)  # (B * n, 4, h, w)
-            noises = 1 if args.branch_noise == "shared" else n
-            noising = draws.noising(batch["draw"] * reuse + use, noises, shape)
-            eps = noising.eps.expand(-1, n, -1, -1, -1).flatten(0, 1).to(device)
-            eps = noise if args.branch_noise == "generation" else eps
-            # Rows b * n + i are branch i of prompt b; all branches of a prompt share t.
-            branches = Branches.begin(schedule, x_0, eps, noising.t.repeat_interleave(n).to(device))  # B * n of them
-            condition = condition.without_prompt(unconditional, noising.dropped)
-            condition = condition.rows(torch.arange(len(x_0)) // n)
+        # ---------------------------------------------------------------------------------------------- SAMPLE
+        x_0 = upload(generation.latents, device)  # (P * latents_per_prompt, 4, h, w)
+        x_0 = x_0.repeat_interleave(n // latents_per_prompt, 0)  # (P * n, 4, h, w)
+        noising = draws.noising(batch["draw"] * reuse + use, 1 if args.branch_noise == "shared" else n, shape)
+        eps = noising.eps.expand(-1, n, -1, -1, -1).flatten(0, 1)
+        eps = noise if args.branch_noise == "generation" else upload(eps, device)
+        # Rows b * n + i are branch i of prompt b; all branches of a prompt share t.
+        branches = Branches.begin(schedule, x_0, eps, noising.t.repeat_interleave(n))  # P * n of them
+        condition = condition.without_prompt(unconditional, noising.dropped)
 
-            # ------------------------------------------------------------------------------------------- SCORE
-            def judge(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
-                decoded = sdxl.decode_latents(reward_decoder, latents, args.decode_batch_size)
-                return reward.begin(decoded, [prompts[row // n] for row in rows])
+        # ----------------------------------------------------------------------------------------------- SCORE
+        def judge(latents: Tensor, rows: list[int], prompts: list[str] = prompts) -> Callable[[], tuple]:
+            decoded = sdxl.decode_latents(reward_decoder, latents, args.decode_batch_size)
+            return reward.begin(decoded, [prompts[row // n] for row in rows])
 
-            with run.together(step):
-                if args.reward_on == "trajectory":
-                    walking = sdxl.Denoiser(unet, condition, unconditional, guidance)
-                    scores, path = score_branches(walking.rows, judge, schedule, branches, m, args.score_batch_size)
-                else:
-                    if len(generations.scores) == micro_batch:
-                        generations.scores.append(begin_samples(judge, x_0, args.score_batch_size)())
-                    scores = generations.scores[micro_batch]
-
-            # ------------------------------------------------------------------------------------------ SELECT
-            selection = select(scores.rewards, scores.active, n)
-            decided = selection.decided  # (B,) the others carry no preference
-            rows = torch.stack([selection.best_rows, selection.worst_rows], 1).flatten()  # (2 B,): best, worst, ...
-            rewards = selection.branch_reward.flatten()[rows].view(-1, 2)  # (B, 2)
-            t = noising.t if args.reward_on == "trajectory" else None
-            add_rewards(means, scores, selection, t, schedule.num_train_timesteps)
-
-            # ----------------------------------------------------------------------------------------- COMPARE
-            pairs, of_pairs, at_once = branches.rows(rows), condition.rows(rows), one_forward_trains(args)
+        with run.together(step, x_0), accelerator.autocast():
             if args.reward_on == "trajectory":
-                path = path.rows(rows)
+                walking = sdxl.Denoiser(unet, condition.repeat(n), unconditional, guidance)
+                scores, path = score_branches(walking.rows, judge, schedule, branches, m, args.score_batch_size)
             else:
-                walking = sdxl.Denoiser(unet, of_pairs, unconditional, guidance)
+                generation.scores = generation.scores or begin_samples(judge, x_0, args.score_batch_size)()
+                scores = generation.scores
+
+        # ---------------------------------------------------------------------------------------------- SELECT
+        selection = select(scores.rewards, scores.active, n)
+        decided = selection.decided  # (P,) the others carry no preference
+        rows = torch.stack([selection.best_rows, selection.worst_rows], 1).flatten()  # (2 P,): best, worst, ...
+        rewards = selection.branch_reward.flatten()[rows].view(-1, 2)  # (P, 2)
+        t = noising.t if args.reward_on == "trajectory" else None
+        add_rewards(means, scores, selection, t, schedule.num_train_timesteps)
+
+        # --------------------------------------------------------------------------------------------- COMPARE
+        pairs, of_pairs, at_once = branches.rows(rows), condition.repeat(2), one_forward_trains(args)
+        if args.reward_on == "trajectory":
+            path = path.rows(rows)
+        else:
+            walking = sdxl.Denoiser(unet, of_pairs, unconditional, guidance)
+            with accelerator.autocast():
                 path = walk_path(walking.rows, schedule, pairs, m, args.score_batch_size, outputs=not at_once)
-            measured = path if args.reference_steps == "all" else path.first(1)
-            with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
-                reference_output = sdxl.predict_along(frozen, measured, of_pairs, args.train_rows)
-            reference_errors = regression.errors(pairs, measured, reference_output)  # (2 B, m)
-            unet.train()
-            with run.exchange(model, last) if at_once else torch.no_grad():
+        measured = path if args.reference_steps == "all" else path.first(1)
+        with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
+            reference_output = sdxl.predict_along(frozen, measured, of_pairs, args.train_rows)
+        reference_errors = regression.errors(pairs, measured, reference_output)  # (2 P, m)
+        unet.train()
+
+        # Whole pairs at a time where a forward has still to give their errors, all of them where it has not.
+        pairs_at_a_time = max(1, args.train_rows // (2 * m)) if at_once else prompts_per_step
+        parts = [slice(2 * some.start, 2 * some.stop) for some in slices(prompts_per_step, pairs_at_a_time)]
+        for part in parts:
+            some, of_some, of_part = pairs.rows(part), path.rows(part), slice(part.start // 2, part.stop // 2)
+            with run.exchange(model, part is parts[-1]) if at_once else torch.no_grad():
                 if args.backprop_through_sampler:
                     walking = sdxl.Denoiser(model, of_pairs, unconditional, guidance)
-                    output = outputs_through_sampler(walking.model(), schedule, pairs, m)
-                elif path.output is None:
-                    output = sdxl.predict_along(model, path, of_pairs)
+                    output = outputs_through_sampler(walking.rows(part), schedule, some, m)
+                elif of_some.output is None:
+                    output = sdxl.predict_along(model, of_some, of_pairs.rows(part))
                 else:
-                    output = path.output  # (2 B, m, 4, h, w)
-                errors = regression.errors(pairs, path, output)  # (2 B, m)
-                of_pair = (errors.detach(), reference_errors, path.active.to(device))
+                    output = of_some.output  # (2 p, m, 4, h, w)
+                errors = regression.errors(some, of_some, output)  # (2 p, m)
+                of_pair = (errors.detach(), reference_errors[part], upload(of_some.active, device))
                 preference = preference_loss(
-                    args, *(part.unflatten(0, (-1, 2)) for part in of_pair), rewards.to(device), decided.to(device)
-                )
-                weights = preference.weights.flatten(0, 1)  # (2 B, m)
+                    args, *(each.unflatten(0, (-1, 2)) for each in of_pair), upload(rewards[of_part], device),
+                    upload(decided[of_part], device),
+                )  # fmt: skip
+                weights = preference.weights.flatten(0, 1) * (len(some.t) / len(pairs.t))  # (2 p, m), of all pairs
                 if at_once:
-                    accelerator.backward((weights * errors).sum() / accumulation)
-            add_preference(means, preference, rewards, decided)
-            add_divergence(means, output.detach(), reference_output, measured.active)
+                    accelerator.backward((weights * errors).sum())
+            add_preference(means, preference, rewards[of_part], decided[of_part])
+            add_divergence(means, output.detach(), reference_output[part], measured.active[part])
 
-            # ------------------------------------------------------------------------------------------- TRAIN
-            if not at_once:
-                slices = regression.rows(pairs, path, of_pairs, weights).split(args.train_rows)
-                for index, part in enumerate(slices, 1):
-                    with run.exchange(model, last and index == len(slices)):
-                        loss = part.loss(sdxl.predict_output(model, part.x, part.t, part.condition))
-                        accelerator.backward(loss / accumulation)
+        # ----------------------------------------------------------------------------------------------- TRAIN
+        if not at_once:
+            parts = regression.rows(pairs, path, of_pairs, weights).split(args.train_rows)
+            for part in parts:
+                with run.exchange(model, part is parts[-1]):
+                    accelerator.backward(part.loss(sdxl.predict_output(model, part.x, part.t, part.condition)))
 
         # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
+        means.add("grad_norm", accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics = means.reduce(accelerator)
-        metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics["lr"] = lr_scheduler.get_last_lr()[0]
         run.stop_if_diverged(step, metrics)
         optimizer.step()
@@ -331,7 +331,7 @@ def main(args: argparse.Namespace) -> int:
                 ema.step(parameters)
         optimizer.zero_grad()
         if use == reuse - 1:
-            generations.made.clear()  # they have served; a checkpoint need not hold them
+            generation.made.clear()  # they have served; a checkpoint need not hold them
         metrics |= run.speed("generation")
         run.log_branches(step, scores.last_estimate, best=rows[::2], worst=rows[1::2])
         run.end_step(step, metrics, unet, ema)

@@ -40,8 +40,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """
     args = parse_run(__doc__.splitlines()[0], FLAGS, argv)
     check_reward_flags(vars(args))
-    # As many rows as one step of the batch's branches has, or 8 where that is less.
-    args.train_rows = args.train_rows or max(8, args.train_batch_size)
     return args
 
 
@@ -86,8 +84,8 @@ def main(args: argparse.Namespace) -> int:
     plan = Plan(args, FLAGS, Method("SFT Diffusion-Sharpening", "diffusion-sharpening", "2502.12146"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
     images = load_captioned_images(image_column=args.image_column, **plan.data_options())
-    n, m, batch_size = args.num_noisy_latents, args.trajectory_nums, args.train_batch_size
-    accumulation, guidance_scale = args.gradient_accumulation_steps, args.branch_guidance_scale
+    n, m, guidance_scale = args.num_noisy_latents, args.trajectory_nums, args.branch_guidance_scale
+    prompts_per_step = args.train_batch_size * args.gradient_accumulation_steps
     facts = {"preset": f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)"}
     described = f"{len(images)} rows of {args.dataset_name or args.train_data_dir}"
     plan.settle(len(images), described, rows_per_step(args), facts)
@@ -103,6 +101,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.running.curves import Means, add_rewards
     from sharpening.selection import score_branches, select
     from sharpening.trajectory import Branches, outputs_through_sampler, walk_path
+    from sharpening.transfer import slices, upload
 
     run = Run(plan)
     reward = None  # one branch needs none
@@ -137,60 +136,64 @@ def main(args: argparse.Namespace) -> int:
     # ------------------------------------------------------------------------------------------------ TRAINING
     means = Means(device)
     for step in run.steps(unet):
-        for micro_batch in range(accumulation):
-            # ------------------------------------------------------------------------------------------ SAMPLE
-            batch = next(batches)
-            prompts = batch["caption"]
-            x_0 = batch["latents"].to(device, torch.float32)  # (B, 4, h, w)
-            noising = draws.noising(batch["draw"], n, x_0.shape[1:])
-            condition = sdxl.Condition.of(batch, device).without_prompt(unconditional, noising.dropped)
-            # Rows b * n + i are branch i of prompt b; all branches of a prompt share t.
-            eps, t = noising.eps.flatten(0, 1).to(device), noising.t.repeat_interleave(n).to(device)
-            branches = Branches.begin(schedule, x_0.repeat_interleave(n, 0), eps, t)  # B * n of them
+        # ---------------------------------------------------------------------------------------------- SAMPLE
+        batch = next(batches)
+        prompts = batch["caption"]  # all P of the step, however it is accumulated
+        x_0 = upload(batch["latents"], device).float()  # (P, 4, h, w)
+        noising = draws.noising(batch["draw"], n, x_0.shape[1:])
+        condition = sdxl.Condition.of(batch, device).without_prompt(unconditional, noising.dropped)
+        # Rows b * n + i are branch i of prompt b; all branches of a prompt share t.
+        eps, t = upload(noising.eps.flatten(0, 1), device), noising.t.repeat_interleave(n)
+        branches = Branches.begin(schedule, x_0.repeat_interleave(n, 0), eps, t)  # P * n of them
 
-            # ------------------------------------------------------------------------------------------- SCORE
-            def judge(x0_hat: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
-                decoded = sdxl.decode_latents(reward_decoder, x0_hat, args.decode_batch_size)
-                return reward.begin(decoded, [prompts[row // n] for row in rows])
+        # ----------------------------------------------------------------------------------------------- SCORE
+        def judge(x0_hat: Tensor, rows: list[int], prompts: list[str] = prompts) -> Callable[[], tuple]:
+            decoded = sdxl.decode_latents(reward_decoder, x0_hat, args.decode_batch_size)
+            return reward.begin(decoded, [prompts[row // n] for row in rows])
 
-            of_branches = condition.rows(torch.arange(batch_size * n) // n)
-            walking = sdxl.Denoiser(unet, of_branches, unconditional, guidance_scale)
-            best, usable = torch.arange(batch_size), torch.ones(batch_size, dtype=torch.bool)  # (B,) rows; bool
-            if n == 1:
+        walking = sdxl.Denoiser(unet, condition.repeat(n), unconditional, guidance_scale)
+        best, usable = torch.arange(prompts_per_step), torch.ones(prompts_per_step, dtype=torch.bool)  # (P,) rows
+        # One autocast around a whole pass: it converts the weights once, and forgets them before a gradient is taken.
+        if n == 1:
+            with accelerator.autocast():
                 path = walk_path(walking.rows, schedule, branches, m, args.score_batch_size, outputs=False)
-            else:
-                with run.together(step):
-                    scores, path = score_branches(walking.rows, judge, schedule, branches, m, args.score_batch_size)
+        else:
+            with run.together(step), accelerator.autocast():
+                scores, path = score_branches(walking.rows, judge, schedule, branches, m, args.score_batch_size)
 
-                # --------------------------------------------------------------------------------------- SELECT
-                selection = select(scores.rewards, scores.active, n)
-                best, usable = selection.best_rows, selection.scored.any(1)
-                add_rewards(means, scores, selection, noising.t, schedule.num_train_timesteps)
+            # ------------------------------------------------------------------------------------------ SELECT
+            selection = select(scores.rewards, scores.active, n)
+            best, usable = selection.best_rows, selection.scored.any(1)
+            add_rewards(means, scores, selection, noising.t, schedule.num_train_timesteps)
 
-            # ------------------------------------------------------------------------------------------- TRAIN
-            chosen, path = branches.rows(best), path.rows(best)
-            weights = sft_weights(path.active, usable).to(device)  # (B, m)
-            unet.train()
-            loss = torch.zeros((), device=device)
-            if args.backprop_through_sampler:
-                with run.exchange(model, micro_batch == accumulation - 1):
-                    walking = sdxl.Denoiser(model, condition, unconditional, guidance_scale)
-                    output = outputs_through_sampler(walking.model(), schedule, chosen, m)
-                    loss = (weights * regression.errors(chosen, path, output)).sum()
-                    accelerator.backward(loss / accumulation)
-            else:
-                slices = regression.rows(chosen, path, condition, weights).split(args.train_rows)
-                for index, rows in enumerate(slices, 1):
-                    with run.exchange(model, micro_batch == accumulation - 1 and index == len(slices)):
-                        part = rows.loss(sdxl.predict_output(model, rows.x, rows.t, rows.condition))
-                        accelerator.backward(part / accumulation)
-                    loss = loss + part.detach()
-            mean_loss = loss.detach() * batch_size / usable.sum().clamp(min=1)  # over the prompts that count
-            means.add("loss", mean_loss.expand(batch_size), usable)
+        # ----------------------------------------------------------------------------------------------- TRAIN
+        chosen, path = branches.rows(best), path.rows(best)
+        weights = upload(sft_weights(path.active, usable), device)  # (P, m)
+        unet.train()
+        loss = torch.zeros((), device=device)
+        if args.backprop_through_sampler:
+            parts = list(slices(prompts_per_step, max(1, args.train_rows // m)))
+            for part in parts:
+                walking = sdxl.Denoiser(model, condition, unconditional, guidance_scale).rows(part)
+                some, of_some = chosen.rows(part), path.rows(part)
+                with run.exchange(model, part is parts[-1]):
+                    output = outputs_through_sampler(walking, schedule, some, m)
+                    of_part = (weights[part] * regression.errors(some, of_some, output)).sum()
+                    accelerator.backward(of_part)
+                loss = loss + of_part.detach()
+        else:
+            parts = regression.rows(chosen, path, condition, weights).split(args.train_rows)
+            for rows in parts:
+                with run.exchange(model, rows is parts[-1]):
+                    of_rows = rows.loss(sdxl.predict_output(model, rows.x, rows.t, rows.condition))
+                    accelerator.backward(of_rows)
+                loss = loss + of_rows.detach()
+        mean_loss = loss * (prompts_per_step / usable.sum().clamp(min=1).item())  # over the prompts that count
+        means.add("loss", mean_loss.expand(prompts_per_step), usable)
 
         # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
+        means.add("grad_norm", accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics = means.reduce(accelerator)
-        metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics["lr"] = lr_scheduler.get_last_lr()[0]
         run.stop_if_diverged(step, metrics)
         optimizer.step()

@@ -53,7 +53,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     n = args.num_noisy_latents
     require(n >= 2, f"--num_noisy_latents is {n}, but the best of fewer than 2 samples is no choice; raise it")
     require(args.sets == 1 or args.samples_of == "base", "--sets are of the base's samples; add --samples_of=base")
-    args.train_rows = args.train_rows or max(8, args.train_batch_size)
     return args
 
 
@@ -90,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
     plan = Plan(args, FLAGS, Method("best-of-n fine-tuning", "best-of-n", "2502.12146"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
     prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
-    n, batch_size, accumulation = args.num_noisy_latents, args.train_batch_size, args.gradient_accumulation_steps
+    n, prompts_per_step = args.num_noisy_latents, args.train_batch_size * args.gradient_accumulation_steps
     of_base = args.samples_of == "base"
     before = rows_before(args, len(prompt_data.dataset))
     facts = {"samples": f"best of n = {n}, of {args.samples_of}"}
@@ -106,12 +105,13 @@ def main(args: argparse.Namespace) -> int:
     from sharpening import sdxl
     from sharpening.data.encoding_cache import cache_embeddings
     from sharpening.draws import draw_noise
-    from sharpening.generation import SampleSets, generate_in_slices, not_finite
+    from sharpening.generation import SampleSets, generate_in_slices
     from sharpening.regression import Regression
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_rewards
     from sharpening.selection import begin_samples, select
     from sharpening.trajectory import Branches
+    from sharpening.transfer import upload
 
     run = Run(plan)
     reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
@@ -133,70 +133,68 @@ def main(args: argparse.Namespace) -> int:
     batches, draws = run.batches(data), run.draws()
     shape = sdxl.latent_shape(vae, args.resolution)
     kept = SampleSets(args.sets, len(data), n, shape, args.seed)
-    time_ids = sdxl.default_time_ids(batch_size, args.resolution, device)
+    time_ids = sdxl.default_time_ids(prompts_per_step, args.resolution, device)
 
     # ------------------------------------------------------------------------------------------------ TRAINING
     means = Means(device)
     for step in run.steps(unet):
-        for micro_batch in range(accumulation):
-            # ---------------------------------------------------------------------------------------- GENERATE
-            batch = next(batches)
-            prompts = batch["caption"]
-            condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
-            unet.eval()
+        # -------------------------------------------------------------------------------------------- GENERATE
+        batch = next(batches)
+        prompts = batch["caption"]  # all P of the step, however it is accumulated
+        condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
+        unet.eval()
+        if base is None:
+            noise = draw_noise(args.seed, batch["draw"].tolist(), n, shape).flatten(0, 1)
+            drawing = sdxl.Denoiser(unet, condition.repeat(n), unconditional, args.guidance_scale)
+            with run.phase("generation"), accelerator.autocast():
+                noise = upload(noise, device)
+                x_0 = generate_in_slices(drawing.rows, schedule, noise, args.generation_batch_size)
+        else:
+            keys = kept.keys(batch["draw"].tolist(), prompts)
+            with torch.no_grad(), run.phase("generation"), base.unet() as frozen, accelerator.autocast():
+                drawing = sdxl.Denoiser(frozen, condition, unconditional, args.guidance_scale)
+                kept.draw(keys, drawing, schedule, args.generation_batch_size)
+            x_0 = upload(kept.latents(keys), device)  # (P * n, 4, h, w)
+
+        # ----------------------------------------------------------------------------------------------- SCORE
+        def judge(latents: Tensor, rows: list[int], prompts: list[str] = prompts) -> Callable[[], tuple]:
+            decoded = sdxl.decode_latents(reward_decoder, upload(latents, device), args.decode_batch_size)
+            return reward.begin(decoded, [prompts[row // n] for row in rows])
+
+        with run.together(step, x_0):
             if base is None:
-                noise = draw_noise(args.seed, batch["draw"].tolist(), n, shape).flatten(0, 1).to(device)
-                of_samples = condition.rows(torch.arange(batch_size * n) // n)
-                drawing = sdxl.Denoiser(unet, of_samples, unconditional, args.guidance_scale)
-                with run.phase("generation"), accelerator.autocast():
-                    x_0 = generate_in_slices(drawing.rows, schedule, noise, args.generation_batch_size)
+                scores = begin_samples(judge, x_0, args.score_batch_size)()
             else:
-                keys = kept.keys(batch["draw"].tolist(), prompts)
-                with torch.no_grad(), run.phase("generation"), base.unet() as frozen, accelerator.autocast():
-                    drawing = sdxl.Denoiser(frozen, condition, unconditional, args.guidance_scale)
-                    kept.draw(keys, drawing, schedule, args.generation_batch_size)
-                x_0 = kept.latents(keys).to(device)  # (B * n, 4, h, w)
-            run.stop_if(not_finite(x_0, step))
+                kept.judge(keys, judge, args.score_batch_size)
+                scores = kept.scores(keys)
 
-            # ------------------------------------------------------------------------------------------- SCORE
-            def judge(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
-                decoded = sdxl.decode_latents(reward_decoder, latents.to(device), args.decode_batch_size)
-                return reward.begin(decoded, [prompts[row // n] for row in rows])
+        # ---------------------------------------------------------------------------------------------- SELECT
+        selection = select(scores.rewards, scores.active, n)
+        decided = selection.decided  # (P,) of the others, none is the best
+        add_rewards(means, scores, selection)
 
-            with run.together(step):
-                if base is None:
-                    scores = begin_samples(judge, x_0, args.score_batch_size)()
-                else:
-                    kept.judge(keys, judge, args.score_batch_size)
-                    scores = kept.scores(keys)
+        # ---------------------------------------------------------------------------------------------- SAMPLE
+        noising = draws.noising(batch["draw"], 1, shape)
+        eps, chosen = upload(noising.eps[:, 0], device), upload(selection.best_rows, device)
+        best = Branches.begin(schedule, x_0[chosen], eps, noising.t)  # P of them
+        condition = condition.without_prompt(unconditional, noising.dropped)
 
-            # ------------------------------------------------------------------------------------------ SELECT
-            selection = select(scores.rewards, scores.active, n)
-            decided = selection.decided  # (B,) of the others, none is the best
-            add_rewards(means, scores, selection)
-
-            # ------------------------------------------------------------------------------------------ SAMPLE
-            noising = draws.noising(batch["draw"], 1, shape)
-            eps, t = noising.eps[:, 0].to(device), noising.t.to(device)
-            best = Branches.begin(schedule, x_0[selection.best_rows], eps, t)  # B of them
-            condition = condition.without_prompt(unconditional, noising.dropped)
-
-            # ------------------------------------------------------------------------------------------- TRAIN
-            unet.train()
-            loss = torch.zeros((), device=device)
-            weights = (decided.float() / batch_size)[:, None].to(device)  # (B, 1)
-            slices = regression.rows(best, best.start(), condition, weights).split(args.train_rows)
-            for index, rows in enumerate(slices, 1):
-                with run.exchange(model, micro_batch == accumulation - 1 and index == len(slices)):
-                    part = rows.loss(sdxl.predict_output(model, rows.x, rows.t, rows.condition))
-                    accelerator.backward(part / accumulation)
-                loss = loss + part.detach()
-            mean_loss = loss * batch_size / decided.sum().clamp(min=1)  # over the prompts that count
-            means.add("loss", mean_loss.expand(batch_size), decided)
+        # ----------------------------------------------------------------------------------------------- TRAIN
+        unet.train()
+        loss = torch.zeros((), device=device)
+        weights = upload((decided.float() / len(decided))[:, None], device)  # (P, 1)
+        parts = regression.rows(best, best.start(), condition, weights).split(args.train_rows)
+        for rows in parts:
+            with run.exchange(model, rows is parts[-1]):
+                of_rows = rows.loss(sdxl.predict_output(model, rows.x, rows.t, rows.condition))
+                accelerator.backward(of_rows)
+            loss = loss + of_rows.detach()
+        mean_loss = loss * (len(decided) / decided.sum().clamp(min=1).item())  # over the prompts that count
+        means.add("loss", mean_loss.expand(len(decided)), decided)
 
         # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
+        means.add("grad_norm", accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics = means.reduce(accelerator)
-        metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics["lr"] = lr_scheduler.get_last_lr()[0]
         run.stop_if_diverged(step, metrics)
         optimizer.step()

@@ -51,7 +51,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     unheeded = "--proportion_empty_prompts says nothing to DDPO, which trains on its own paths; leave it out"
     require(not args.proportion_empty_prompts, unheeded)
-    args.train_rows = args.train_rows or max(8, n * args.train_batch_size)
     return args
 
 
@@ -102,19 +101,19 @@ def sample_paths(
     *stochastic, last = schedule.timesteps.tolist()
     for step, timestep in enumerate(stochastic):
         t = torch.full((len(x),), timestep, device=x.device)
-        x0_hat, eps_hat = schedule.clean_and_noise(predict(x, t), x, t)
-        alpha_t, sigma_t = schedule.alpha_sigma(t, x)
-        alpha, remaining, spread = stochastic_factors(schedule, t, x)
+        x0_hat, eps_hat = schedule.clean_and_noise(predict(x, t), x, timestep)
+        alpha_t, sigma_t = schedule.alpha_sigma(timestep, x)
+        alpha, remaining, spread = stochastic_factors(schedule, timestep, x)
         slope = remaining - alpha * sigma_t / alpha_t
-        eps = eps_hat + spread * noises[:, step] / slope
+        eps = eps_hat + spread / slope * noises[:, step]
         target = schedule.target((x - sigma_t * eps) / alpha_t, eps, t)
         # An error of the noise estimate, in units of what the model outputs.
-        unit = {"epsilon": torch.ones_like(alpha_t), "v_prediction": alpha_t, "sample": alpha_t / sigma_t}
-        precision = (slope * unit[schedule.prediction_type] / spread).square().flatten() / 2
+        unit = {"epsilon": 1.0, "v_prediction": alpha_t, "sample": alpha_t / sigma_t}[schedule.prediction_type]
+        precision = torch.full((len(x),), (slope * unit / spread) ** 2 / 2, dtype=x.dtype, device=x.device)
         transitions.append((x, t, target, precision))
-        x = ddim_step(schedule, x0_hat, eps_hat, t, noises[:, step])
+        x = ddim_step(schedule, x0_hat, eps_hat, timestep, noises[:, step])
     t = torch.full((len(x),), last, device=x.device)
-    x_0 = ddim_step(schedule, *schedule.clean_and_noise(predict(x, t), x, t), t)
+    x_0 = ddim_step(schedule, *schedule.clean_and_noise(predict(x, t), x, last), last)
     rows = torch.arange(len(x))[:, None]
     return x_0, Transitions(*(torch.stack(part, 1)[rows, kept] for part in zip(*transitions, strict=True)))
 
@@ -136,7 +135,8 @@ def main(args: argparse.Namespace) -> int:
     remedy = "use a scheduler without rescale_betas_zero_snr"
     require(starts_noised, f"DDPO cannot take a step from pure noise, where this model's sampling starts; {remedy}")
     prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
-    n, m, accumulation = args.num_noisy_latents, args.trajectory_nums, args.gradient_accumulation_steps
+    n, m = args.num_noisy_latents, args.trajectory_nums
+    prompts_per_step = args.train_batch_size * args.gradient_accumulation_steps
     facts = {"paths": f"n = {n} of {args.infer_steps} steps per prompt, m = {m} of them trained on"}
     plan.settle(len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts)
     if args.dry_run:
@@ -147,11 +147,11 @@ def main(args: argparse.Namespace) -> int:
     from sharpening import sdxl
     from sharpening.data.encoding_cache import cache_embeddings
     from sharpening.draws import draw_noise, draw_paths
-    from sharpening.generation import not_finite
     from sharpening.regression import Rows
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_rewards
     from sharpening.selection import begin_samples, select
+    from sharpening.transfer import slices, upload
 
     run = Run(plan)
     reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
@@ -170,60 +170,56 @@ def main(args: argparse.Namespace) -> int:
     del encoders
     batches = run.batches(data)
     shape = sdxl.latent_shape(vae, args.resolution)
-    time_ids = sdxl.default_time_ids(args.train_batch_size, args.resolution, device)
+    time_ids = sdxl.default_time_ids(prompts_per_step, args.resolution, device)
 
     # ------------------------------------------------------------------------------------------------ TRAINING
     means = Means(device)
     for step in run.steps(unet):
-        for micro_batch in range(accumulation):
-            # ------------------------------------------------------------------------------------------ SAMPLE
-            batch = next(batches)
-            prompts, draws = batch["caption"], batch["draw"].tolist()
-            condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
-            condition = condition.rows(
-                torch.arange(args.train_batch_size * n) // n
-            )  # rows b * n + i are sample i of prompt b
-            denoiser = sdxl.Denoiser(unet, condition, unconditional, 1.0)
-            noise = draw_noise(args.seed, draws, n, shape).flatten(0, 1)
-            drawn = (noise, *draw_paths(args.seed, draws, n, shape, args.infer_steps, m))
-            unet.eval()
-            with torch.no_grad(), run.phase("generation"), accelerator.autocast():
-                parts = [
-                    sample_paths(denoiser.rows(i).predict, schedule, *(part[i].to(device) for part in drawn))
-                    for i in torch.arange(len(noise)).split(args.generation_batch_size)
-                ]
-            x_0 = torch.cat([part[0] for part in parts])  # (B * n, 4, h, w)
-            path = Transitions(*map(torch.cat, zip(*(part[1] for part in parts), strict=True)))
-            run.stop_if(not_finite(x_0, step))
+        # ---------------------------------------------------------------------------------------------- SAMPLE
+        batch = next(batches)
+        prompts, draws = batch["caption"], batch["draw"].tolist()  # all P of the step, however it is accumulated
+        condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
+        condition = condition.repeat(n)  # rows b * n + i are sample i of prompt b
+        denoiser = sdxl.Denoiser(unet, condition, unconditional, 1.0)
+        noise = draw_noise(args.seed, draws, n, shape).flatten(0, 1)
+        drawn = (noise, *draw_paths(args.seed, draws, n, shape, args.infer_steps, m))
+        unet.eval()
+        # One autocast around the pass: it converts the weights once, and forgets them before a gradient is taken.
+        with torch.no_grad(), run.phase("generation"), accelerator.autocast():
+            sampled = [
+                sample_paths(denoiser.rows(part).predict, schedule, *(upload(of[part], device) for of in drawn))
+                for part in slices(len(noise), args.generation_batch_size)
+            ]
+        x_0 = torch.cat([part[0] for part in sampled])  # (P * n, 4, h, w)
+        path = Transitions(*map(torch.cat, zip(*(part[1] for part in sampled), strict=True)))
 
-            # ------------------------------------------------------------------------------------------- SCORE
-            def judge(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
-                decoded = sdxl.decode_latents(reward_decoder, latents, args.decode_batch_size)
-                return reward.begin(decoded, [prompts[row // n] for row in rows])
+        # ----------------------------------------------------------------------------------------------- SCORE
+        def judge(latents: Tensor, rows: list[int], prompts: list[str] = prompts) -> Callable[[], tuple]:
+            decoded = sdxl.decode_latents(reward_decoder, latents, args.decode_batch_size)
+            return reward.begin(decoded, [prompts[row // n] for row in rows])
 
-            with run.together(step):
-                scores = begin_samples(judge, x_0, args.score_batch_size)()
-            selection = select(scores.rewards, scores.active, n)
-            advantage = advantages(selection).flatten().to(device)  # (B * n,)
-            add_rewards(means, scores, selection)
+        with run.together(step, x_0):
+            scores = begin_samples(judge, x_0, args.score_batch_size)()
+        selection = select(scores.rewards, scores.active, n)
+        advantage = upload(advantages(selection).flatten(), device)  # (P * n,)
+        add_rewards(means, scores, selection)
 
-            # ------------------------------------------------------------------------------------------- TRAIN
-            unet.train()
-            loss = torch.zeros((), device=device)
-            weight = advantage[:, None] * path.precision / (m * len(advantage))  # (B * n, m)
-            of_rows = condition.rows(torch.arange(len(advantage)).repeat_interleave(m))
-            x, t, target = (part.flatten(0, 1) for part in path[:3])
-            slices = Rows(x, t, of_rows, target, weight.flatten()).split(args.train_rows)
-            for index, rows in enumerate(slices, 1):
-                with run.exchange(model, micro_batch == accumulation - 1 and index == len(slices)):
-                    part = rows.loss(sdxl.predict_output(model, rows.x, rows.t, rows.condition))
-                    accelerator.backward(part / accumulation)
-                loss = loss + part.detach()
-            means.add("loss", loss)
+        # ----------------------------------------------------------------------------------------------- TRAIN
+        unet.train()
+        loss = torch.zeros((), device=device)
+        weight = advantage[:, None] * path.precision / (m * len(advantage))  # (P * n, m)
+        x, t, target = (part.flatten(0, 1) for part in path[:3])
+        parts = Rows(x, t, condition.repeat(m), target, weight.flatten()).split(args.train_rows)
+        for rows in parts:
+            with run.exchange(model, rows is parts[-1]):
+                of_rows = rows.loss(sdxl.predict_output(model, rows.x, rows.t, rows.condition))
+                accelerator.backward(of_rows)
+            loss = loss + of_rows.detach()
+        means.add("loss", loss)
 
         # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
+        means.add("grad_norm", accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics = means.reduce(accelerator)
-        metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics["lr"] = lr_scheduler.get_last_lr()[0]
         run.stop_if_diverged(step, metrics)
         optimizer.step()

@@ -56,7 +56,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     check_reward_flags(vars(args))
     n = args.num_noisy_latents
     require(n >= 2, f"--num_noisy_latents is {n}, but a pair needs 2 samples or more; raise it")
-    args.train_rows = args.train_rows or max(8, 2 * args.train_batch_size)
     require(args.train_rows >= 2, f"--train_rows is {args.train_rows}, but a pair has 2 rows; raise it")
     return args
 
@@ -103,7 +102,7 @@ def main(args: argparse.Namespace) -> int:
     plan = Plan(args, FLAGS, Method("Diffusion-DPO", "diffusion-dpo", "2311.12908"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
     prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
-    n, batch_size, accumulation = args.num_noisy_latents, args.train_batch_size, args.gradient_accumulation_steps
+    n, prompts_per_step = args.num_noisy_latents, args.train_batch_size * args.gradient_accumulation_steps
     before = rows_before(args, len(prompt_data.dataset))
     facts = {
         "pairs": f"best and worst of n = {n} samples, {args.sets} sets per prompt, {args.rounds} rounds",
@@ -120,12 +119,13 @@ def main(args: argparse.Namespace) -> int:
 
     from sharpening import sdxl
     from sharpening.data.encoding_cache import cache_embeddings
-    from sharpening.generation import SampleSets, not_finite
+    from sharpening.generation import SampleSets
     from sharpening.regression import Regression
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_divergence, add_preference, add_rewards
     from sharpening.selection import select
     from sharpening.trajectory import Branches
+    from sharpening.transfer import slices, upload
 
     run = Run(plan)
     reward = load_reward(args.reward_model, device, processes=plan.world_size, **reward_options(vars(args)))
@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> int:
     batches, draws = run.batches(data), run.draws()
     shape = sdxl.latent_shape(vae, args.resolution)
     samples = SampleSets(args.sets, len(data), n, shape, args.seed)
-    time_ids = sdxl.default_time_ids(batch_size, args.resolution, device)
+    time_ids = sdxl.default_time_ids(prompts_per_step, args.resolution, device)
 
     # ------------------------------------------------------------------------------------------------ TRAINING
     means = Means(device)
@@ -166,63 +166,59 @@ def main(args: argparse.Namespace) -> int:
             run.restart(unet, optimizer, lr_scheduler, ema)
             reference.renew()
             of_round["reference"] = reference.state()
-        for micro_batch in range(accumulation):
-            # ---------------------------------------------------------------------------------------- GENERATE
-            batch = next(batches)
-            prompts = batch["caption"]
-            condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
-            keys = samples.keys(batch["draw"].tolist(), prompts)
-            unet.eval()
-            with torch.no_grad(), run.phase("generation"), reference.unet() as frozen, accelerator.autocast():
-                drawing = sdxl.Denoiser(frozen, condition, unconditional, args.guidance_scale)
-                samples.draw(keys, drawing, schedule, args.generation_batch_size)
-            x_0 = samples.latents(keys).to(device)  # (B * n, 4, h, w)
-            run.stop_if(not_finite(x_0, step))
+        # -------------------------------------------------------------------------------------------- GENERATE
+        batch = next(batches)
+        prompts = batch["caption"]  # all P of the step, however it is accumulated
+        condition = sdxl.Condition.of({**batch, "time_ids": time_ids}, device)
+        keys = samples.keys(batch["draw"].tolist(), prompts)
+        unet.eval()
+        with torch.no_grad(), run.phase("generation"), reference.unet() as frozen, accelerator.autocast():
+            drawing = sdxl.Denoiser(frozen, condition, unconditional, args.guidance_scale)
+            samples.draw(keys, drawing, schedule, args.generation_batch_size)
+        x_0 = upload(samples.latents(keys), device)  # (P * n, 4, h, w)
 
-            # ------------------------------------------------------------------------------------------- SCORE
-            def judge(latents: Tensor, rows: Tensor, prompts: list[str] = prompts) -> Callable[[], tuple]:
-                decoded = sdxl.decode_latents(reward_decoder, latents.to(device), args.decode_batch_size)
-                return reward.begin(decoded, [prompts[row // n] for row in rows])
+        # ----------------------------------------------------------------------------------------------- SCORE
+        def judge(latents: Tensor, rows: list[int], prompts: list[str] = prompts) -> Callable[[], tuple]:
+            decoded = sdxl.decode_latents(reward_decoder, upload(latents, device), args.decode_batch_size)
+            return reward.begin(decoded, [prompts[row // n] for row in rows])
 
-            with run.together(step):
-                samples.judge(keys, judge, args.score_batch_size)
-            scores = samples.scores(keys)
+        with run.together(step, x_0):
+            samples.judge(keys, judge, args.score_batch_size)
+        scores = samples.scores(keys)
 
-            # ------------------------------------------------------------------------------------------ SELECT
-            selection = select(scores.rewards, scores.active, n)
-            decided = selection.decided  # (B,) the others carry no preference
-            rows = torch.stack([selection.best_rows, selection.worst_rows], 1).flatten()  # (2 B,): best, worst, ...
-            add_rewards(means, scores, selection)
+        # ---------------------------------------------------------------------------------------------- SELECT
+        selection = select(scores.rewards, scores.active, n)
+        decided = selection.decided  # (P,) the others carry no preference
+        rows = torch.stack([selection.best_rows, selection.worst_rows], 1).flatten()  # (2 P,): best, worst, ...
+        add_rewards(means, scores, selection)
 
-            # ------------------------------------------------------------------------------------------ SAMPLE
-            noising = draws.noising(batch["draw"], 1, shape)
-            eps, t = (part.repeat_interleave(2, 0).to(device) for part in (noising.eps[:, 0], noising.t))
-            pairs = Branches.begin(schedule, x_0[rows], eps, t)  # 2 B of them
-            condition = condition.without_prompt(unconditional, noising.dropped).rows(torch.arange(len(t)) // 2)
+        # ---------------------------------------------------------------------------------------------- SAMPLE
+        noising = draws.noising(batch["draw"], 1, shape)
+        eps, t = upload(noising.eps[:, 0].repeat_interleave(2, 0), device), noising.t.repeat_interleave(2)
+        pairs = Branches.begin(schedule, x_0[upload(rows, device)], eps, t)  # 2 P of them
+        condition = condition.without_prompt(unconditional, noising.dropped).repeat(2)
 
-            # ------------------------------------------------------------------------------------------- TRAIN
-            unet.train()
-            slices = torch.arange(len(t)).split(args.train_rows // 2 * 2)  # a loss of whole pairs
-            for index, part in enumerate(slices, 1):
-                some, path = pairs.rows(part), pairs.rows(part).start()
-                of_part, of_pairs = condition.rows(part), part[::2] // 2
-                with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
-                    reference_output = sdxl.predict_along(frozen, path, of_part)
-                with run.exchange(model, micro_batch == accumulation - 1 and index == len(slices)):
-                    output = sdxl.predict_along(model, path, of_part)  # (r, 1, 4, h, w)
-                    errors, reference_errors = (
-                        regression.errors(some, path, of).view(-1, 2) for of in (output, reference_output)
-                    )
-                    preference = dpo_loss(args.beta_dpo, errors, reference_errors)
-                    loss = (preference.loss * decided[of_pairs].to(device)).sum() / batch_size
-                    accelerator.backward(loss / accumulation)
-                rewards = selection.branch_reward.flatten()[rows[part]].view(-1, 2)
-                add_preference(means, preference, rewards, decided[of_pairs])
-                add_divergence(means, output.detach(), reference_output, path.active)
+        # ----------------------------------------------------------------------------------------------- TRAIN
+        unet.train()
+        path, rewards = pairs.start(), selection.branch_reward.flatten()[rows].view(-1, 2)
+        with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
+            reference_output = sdxl.predict_along(frozen, path, condition, args.train_rows)  # (2 P, 1, 4, h, w)
+        reference_errors = regression.errors(pairs, path, reference_output)  # (2 P, 1)
+        counts = upload(decided, device)
+        parts = list(slices(len(t), args.train_rows // 2 * 2))  # a loss of whole pairs
+        for part in parts:
+            some, of_some, which = pairs.rows(part), path.rows(part), slice(part.start // 2, part.stop // 2)
+            with run.exchange(model, part is parts[-1]):
+                output = sdxl.predict_along(model, of_some, condition.rows(part))  # (r, 1, 4, h, w)
+                errors = regression.errors(some, of_some, output).view(-1, 2)
+                preference = dpo_loss(args.beta_dpo, errors, reference_errors[part].view(-1, 2))
+                accelerator.backward((preference.loss * counts[which]).sum() / len(decided))
+            add_preference(means, preference, rewards[which], decided[which])
+            add_divergence(means, output.detach(), reference_output[part], of_some.active)
 
         # ------------------------------------------------------------------------------- CLIP, STEP, LOG, SAVE
+        means.add("grad_norm", accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics = means.reduce(accelerator)
-        metrics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
         metrics["lr"] = lr_scheduler.get_last_lr()[0]
         run.stop_if_diverged(step, metrics)
         optimizer.step()

@@ -53,7 +53,7 @@ def score_pass(reward: Reward, n: int, m: int) -> Callable[[int, bool], Scores]:
     walking = sdxl.Denoiser(unet, condition.rows(torch.arange(len(PROMPTS) * n) // n), unconditional, 1.0)
 
     def run(seed: int, wait: bool) -> Scores:
-        def judge(latents: Tensor, rows: Tensor) -> Callable[[], tuple]:
+        def judge(latents: Tensor, rows: list[int]) -> Callable[[], tuple]:
             verdict = reward.begin(sdxl.decode_latents(vae, latents, 8), [PROMPTS[row // n] for row in rows])
             if not wait:
                 return verdict

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, then the fast tests: 5 minutes on 2 cores after installation. --all runs every test: about 19.
+# Lint, then the fast tests: 5 minutes on 2 cores after installation. --all runs every test: about 13.
 # Further arguments go to pytest:
 #
 #   bash scripts/test.sh tests/rewards -k clip

@@ -1,8 +1,9 @@
 """Randomness by counting: which row, noise and timestep every draw of a run gets.
 
 A draw is one row shown to the model once; draws are numbered 0, 1, 2, ... over the whole run, whatever the number of
-processes, micro-batches or workers. Everything random about a draw comes from its number and the run's seed, so a
-resumed run, two processes, or eight accumulated batches of one see exactly what one uninterrupted process would.
+processes or workers, and however a step is accumulated. Everything random about a draw comes from its number and the
+run's seed, so a resumed run, two processes, or eight accumulated batches of one see exactly what one uninterrupted
+process would.
 """
 
 import hashlib
@@ -25,8 +26,8 @@ class DrawSampler(Sampler):
     """Batches of (row, draw number) for one rank, from optimizer step `start_step` up to `num_steps`.
 
     Draw g shows row `permutation_e[g % num_rows]` of epoch `e = g // num_rows`, so batches straddle epochs and no row
-    is dropped. Optimizer step s consists of draws [s * E, (s + 1) * E), E = batch_size * accumulation_steps *
-    world_size: which rows train together depends on E alone.
+    is dropped. Optimizer step s consists of draws [s * E, (s + 1) * E), E = batch_size * world_size, of which a rank
+    has `batch_size` neighbours: which rows train together depends on E alone.
     """
 
     def __init__(
@@ -35,22 +36,21 @@ class DrawSampler(Sampler):
         batch_size: int,
         rank: int,
         world_size: int,
-        accumulation_steps: int,
         seed: int,
         start_step: int,
         num_steps: int,
     ):
         self.num_rows, self.batch_size, self.rank, self.world_size = num_rows, batch_size, rank, world_size
         self.seed = seed
-        self.micro_batches = range(start_step * accumulation_steps, num_steps * accumulation_steps)
+        self.steps = range(start_step, num_steps)
 
     def __len__(self) -> int:
-        return len(self.micro_batches)
+        return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, permutation = -1, torch.empty(0)
-        for micro_batch in self.micro_batches:
-            first = (micro_batch * self.world_size + self.rank) * self.batch_size
+        for step in self.steps:
+            first = (step * self.world_size + self.rank) * self.batch_size
             batch = []
             for draw in range(first, first + self.batch_size):
                 if draw // self.num_rows != epoch:

@@ -11,50 +11,46 @@ from sharpening.draws import draw_noise
 from sharpening.sdxl import Denoiser
 from sharpening.selection import Judge, ModelOf, Scores, Verdict, begin_samples
 from sharpening.trajectory import Schedule, generate
+from sharpening.transfer import slices, upload
 from sharpening.waiting import beginning, wait_for_all
 
 
 @torch.no_grad()
 def generate_in_slices(model_of: ModelOf, schedule: Schedule, noise: Tensor, batch_size: int) -> Tensor:
     """Clean latents (R, ...) of Gaussian noise (R, ...), `batch_size` at a time."""
-    parts = torch.arange(len(noise)).split(batch_size)
+    parts = slices(len(noise), batch_size)
     return torch.cat([generate(model_of(rows), schedule, noise[rows]) for rows in parts])
 
 
-def not_finite(latents: Tensor, step: int) -> str:
-    """What is to be said if the generated latents of a step are not finite, or nothing."""
-    if latents.isfinite().all():
-        return ""
-    return (
-        f"step {step}: the generated latents are not finite; use --mixed_precision=bf16, or a lower --learning_rate "
-        "if earlier steps were well"
-    )
-
-
-class Generations:
-    """The generation under way, micro-batch by micro-batch, for all optimizer steps that it serves.
+class Generation:
+    """The generation under way, for all optimizer steps that it serves.
 
     Attributes:
-        batches: the prompts of each micro-batch, collated rows of `CachedData`.
-        made: for each micro-batch that has latents, `{"prompts": list[str], "latents": Tensor}`. A checkpoint keeps
-            this list as it is: the weights that made the latents are gone.
-        scores: of each micro-batch whose latents were judged.
+        batch: its prompts, collated rows of `CachedData`; empty before the first.
+        made: `[{"prompts": list[str], "latents": Tensor}]` once there are latents. A checkpoint keeps this list as it
+            is: the weights that made the latents are gone.
+        scores: of the latents, once they were judged.
     """
 
     def __init__(self) -> None:
-        self.batches: list[Mapping[str, Any]] = []
+        self.batch: Mapping[str, Any] = {}
         self.made: list[dict[str, Any]] = []
-        self.scores: list[Scores] = []
+        self.scores: Scores | None = None
 
-    def begin(self, batches: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> bool:
+    def begin(self, batch: Mapping[str, Any], shape: Sequence[int]) -> bool:
         """Take up new prompts; returns whether `made`, read from a checkpoint, are latents of `shape` for them."""
-        self.batches, self.scores = list(batches), []
+        self.batch, self.scores = batch, None
         made = [(entry["prompts"], tuple(entry["latents"].shape)) for entry in self.made]
-        return made == [(batch["caption"], tuple(shape)) for batch in batches]
+        return made == [(batch["caption"], tuple(shape))]
 
-    def add(self, prompts: Sequence[str], latents: Tensor) -> None:
-        """Keep the latents of the next micro-batch."""
-        self.made.append({"prompts": list(prompts), "latents": latents})
+    def keep(self, latents: Tensor) -> None:
+        """Keep the latents of the prompts."""
+        self.made[:] = [{"prompts": list(self.batch["caption"]), "latents": latents}]
+
+    @property
+    def latents(self) -> Tensor:
+        """What was made."""
+        return self.made[0]["latents"]
 
 
 class SampleSets:
@@ -89,7 +85,7 @@ class SampleSets:
         """Draw the samples of B keys that are not there yet, `batch_size` at a time; denoiser is of B rows."""
         for index, key in enumerate(keys):
             if key not in self._latents:
-                noise = draw_noise(self.seed, [key], self.n, self.shape)[0].to(denoiser.condition.pooled.device)
+                noise = upload(draw_noise(self.seed, [key], self.n, self.shape)[0], denoiser.condition.pooled.device)
                 model_of = denoiser.repeat(index, self.n).rows
                 self._latents[key] = generate_in_slices(model_of, schedule, noise, batch_size).cpu()
 
@@ -125,6 +121,6 @@ class SampleSets:
         return Scores(rewards, components, active, self.latents(keys))
 
 
-def _judge_from(judge: Judge, first: int, latents: Tensor, rows: Tensor) -> Callable[[], Verdict]:
+def _judge_from(judge: Judge, first: int, latents: Tensor, rows: list[int]) -> Callable[[], Verdict]:
     """`judge` on rows that are counted from `first`."""
-    return judge(latents, rows + first)
+    return judge(latents, [row + first for row in rows])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpening.trajectory import Branches, Path, Schedule
+from sharpening.transfer import slices, take
 
 if TYPE_CHECKING:
     from sharpening.sdxl import Condition
@@ -39,8 +40,8 @@ class Rows(NamedTuple):
 
     def split(self, size: int) -> list[Rows]:
         """The rows in slices of `size`; any size gives the same sum."""
-        indices = torch.arange(len(self.x)).split(size)
-        return [Rows(*(p.rows(i) if p is self.condition else p[i] for p in self)) for i in indices]
+        parts = slices(len(self.x), size)
+        return [Rows(*(p.rows(part) if p is self.condition else p[part] for p in self)) for part in parts]
 
     def loss(self, output: Tensor) -> Tensor:
         """The weighted sum of the errors of a model's output (N, ...), a scalar."""
@@ -86,12 +87,14 @@ class Regression:
     def rows(self, branches: Branches, path: Path, condition: Condition, weights: Tensor) -> Rows:
         """The active states of R branches as rows whose loss is `sum(weights * errors)`; condition is of R rows,
         weights (R, m)."""
-        branch, step = path.active.nonzero(as_tuple=True)
-        target, weight = self.targets(branches, path), weights * self._snr_weight(path.t)
-        return Rows(
-            path.x[branch, step], path.t[branch, step], condition.rows(branch), target[branch, step],
-            weight[branch, step],
-        )  # fmt: skip
+        steps, weight = path.t.shape[1], weights * self._snr_weight(path.t)
+        rows = [part.flatten(0, 1) for part in (path.x, path.t, self.targets(branches, path), weight)]
+        condition = condition.repeat(steps)
+        if not path.active.all():
+            active = path.active.flatten().nonzero()[:, 0]
+            rows, condition = take(rows, active), condition.rows(active)
+        x, t, target, weight = rows
+        return Rows(x, t, condition, target, weight)
 
     def _snr_weight(self, t: Tensor) -> Tensor | float:
         return 1.0 if self.snr_gamma is None else self.schedule.min_snr_weight(t, self.snr_gamma)

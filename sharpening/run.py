@@ -221,15 +221,16 @@ class Run:
         }  # fmt: skip
 
     def batches(self, data: CachedData, reuse: int = 1) -> Iterator[dict[str, Any]]:
-        """Collated batches of this process in the order of the draws, each of which serves `reuse` optimizer steps.
+        """Collated batches of this process in the order of the draws: all prompts of an optimizer step, however it is
+        accumulated. Each batch serves `reuse` steps.
 
         Draws are counted in batches: one serves the optimizer steps g * reuse + 1 to (g + 1) * reuse.
         """
         args = self.args
         first, last = self.start_step // reuse, math.ceil(self.plan.num_steps / reuse)
         sampler = DrawSampler(
-            len(data), args.train_batch_size, self.accelerator.process_index, self.plan.world_size,
-            args.gradient_accumulation_steps, args.seed, first, last,
+            len(data), args.train_batch_size * args.gradient_accumulation_steps, self.accelerator.process_index,
+            self.plan.world_size, args.seed, first, last,
         )  # fmt: skip
         workers = {"num_workers": args.dataloader_num_workers, "pin_memory": self.device.type == "cuda"}
         return iter(DataLoader(data, batch_sampler=sampler, collate_fn=collate, **workers))
@@ -282,9 +283,11 @@ class Run:
         return int(self.accelerator.gather(torch.tensor([value], device=self.device)).max())
 
     @contextmanager
-    def together(self, step: int) -> Iterator[None]:
+    def together(self, step: int, generated: Tensor | None = None) -> Iterator[None]:
         """Around the phase "score", in which a reward may fail: then all ranks stop, with the state after the last
-        finished step saved.
+        finished step saved; also if generated latents, which nobody can judge, are not finite.
+
+        They are looked at afterwards, when the device has done its work: before, it would be waited for.
 
         Raises:
             Stop: with status 1.
@@ -295,6 +298,11 @@ class Run:
                 yield
         except RewardError as error:
             failure = f"step {step}: {error}"
+        if generated is not None and not generated.isfinite().all():
+            failure = (
+                f"step {step}: the generated latents are not finite; use --mixed_precision=bf16, or a lower "
+                "--learning_rate if earlier steps were well"
+            )
         self.stop_if(failure, "the reward failed on another process")
 
     def stop_if(self, failure: str, elsewhere: str = "another process failed; its message says how") -> None:

@@ -91,27 +91,33 @@ NOISING = (
 )
 PROMPTS = (
     Flag("prompts_file", "txt with a prompt on each line, csv or jsonl; no images are needed"),
-    Flag("generation_batch_size", "latents per forward, two rows each with guidance", int, 8, "[1, inf)", free=True),
+    Flag("generation_batch_size", "latents per forward, two rows each with guidance", int, 16, "[1, inf)", free=True),
 )
 GUIDANCE_SCALE = Flag("guidance_scale", "when generating; 1: without", float, 5.0, "[0, inf)")
 BETA_DPO = Flag("beta_dpo", "beta of the preference loss, without DPO's factor 1/2", float, 2500.0, "(0, inf)")
 SETS = Flag("sets", "sets of samples of the base per prompt, each drawn once and kept in memory", int, 1, "[1, inf)")
 BATCHES = (
     Flag("reward_vae", "cheaper decoder for scoring, e.g. madebyollin/taesdxl; unset: the VAE"),
-    Flag("score_batch_size", "branches per forward when scoring", int, 8, "[1, inf)", free=True),
+    Flag("score_batch_size", "branches per forward when scoring", int, 16, "[1, inf)", free=True),
     Flag("decode_batch_size", "latents per VAE decode", int, 4, "[1, inf)", free=True),
     Flag(
         "train_rows",
-        "rows per forward and backward when training; memory grows with it and with nothing else; unset: 8, or as "
-        "many as the batch has in one step of its branches",
+        "rows per forward and backward when training; memory grows with it and with nothing else",
         int,
-        range="[1, inf)",
+        16,
+        "[1, inf)",
         free=True,
     ),
 )
 OPTIMIZATION = (
-    Flag("train_batch_size", "prompts per process and micro-batch", int, 16, "[1, inf)"),
-    Flag("gradient_accumulation_steps", "micro-batches per optimizer step", int, 1, "[1, inf)"),
+    Flag("train_batch_size", "prompts per process, times --gradient_accumulation_steps", int, 16, "[1, inf)"),
+    Flag(
+        "gradient_accumulation_steps",
+        "as many times --train_batch_size prompts make a step; it costs what one batch of all of them costs",
+        int,
+        1,
+        "[1, inf)",
+    ),
     Flag("num_train_epochs", "passes over the data, unless --max_train_steps", int, 100, "[1, inf)", free=True),
     Flag("max_train_steps", "optimizer steps; wins over --num_train_epochs", int, range="[1, inf)", free=True),
     Flag("learning_rate", "peak learning rate", float, 1e-4, "(0, inf)"),

@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from sharpening.errors import UserError, first_line
 from sharpening.model_source import LORA_LAYERS, Source
 from sharpening.trajectory import Model, Path, classifier_free_guidance
+from sharpening.transfer import Index, slices, take, upload
 
 
 @dataclass
@@ -65,15 +66,24 @@ class Condition(NamedTuple):
     def of(cls, batch: Mapping[str, Tensor], device: torch.device) -> "Condition":
         """The condition of a collated batch of `sharpening.data.encoding_cache.CachedData`."""
         names = ("prompt_embeds", "pooled_prompt_embeds", "time_ids")
-        return cls(*(batch[name].to(device, torch.float32) for name in names))
+        return cls(*(upload(batch[name], device).float() for name in names))
 
-    def rows(self, index: Tensor) -> "Condition":
-        return Condition(*(part[index] for part in self))
+    def rows(self, index: Index) -> "Condition":
+        """The rows that `index`, on the CPU, names."""
+        return Condition(*take(self, index))
+
+    def repeat(self, count: int) -> "Condition":
+        """Every row `count` times, one after the other."""
+        return self if count == 1 else Condition(*(part.repeat_interleave(count, 0) for part in self))
 
     def without_prompt(self, unconditional: "Unconditional", dropped: Tensor | None = None) -> "Condition":
-        """The same rows with no prompt; where `dropped` (R,) bool is given, only the rows it marks."""
-        dropped = torch.ones(len(self.pooled), dtype=torch.bool) if dropped is None else dropped
-        dropped = dropped.to(self.pooled.device)
+        """The same rows with no prompt; where `dropped` (R,) bool on the CPU is given, only the rows it marks."""
+        if dropped is None:
+            embeds, pooled = (nothing.expand_as(part) for nothing, part in zip(unconditional, self, strict=False))
+            return Condition(embeds, pooled, self.time_ids)
+        if not dropped.any():
+            return self
+        dropped = upload(dropped, self.pooled.device)
         return Condition(
             torch.where(dropped[:, None, None], unconditional.embeds, self.embeds),
             torch.where(dropped[:, None], unconditional.pooled, self.pooled),
@@ -234,10 +244,9 @@ def predict_output(unet: nn.Module, x: Tensor, t: Tensor, condition: Condition) 
 def predict_along(unet: nn.Module, path: Path, condition: Condition, batch_size: int | None = None) -> Tensor:
     """The UNet's output (R, m, 4, h, w) on all states of R branches, condition of R rows; `batch_size` states at a
     time, or all at once."""
-    x, t = path.x.flatten(0, 1), path.t.flatten()
-    branch = torch.arange(len(path.t)).repeat_interleave(path.t.shape[1])
-    parts = torch.arange(len(x)).split(batch_size or len(x))
-    output = [predict_output(unet, x[rows], t[rows], condition.rows(branch[rows])) for rows in parts]
+    x, t, condition = path.x.flatten(0, 1), path.t.flatten(), condition.repeat(path.t.shape[1])
+    parts = slices(len(x), batch_size or len(x))
+    output = [predict_output(unet, x[rows], t[rows], condition.rows(rows)) for rows in parts]
     return torch.cat(output).unflatten(0, path.t.shape)
 
 
@@ -250,13 +259,13 @@ class Denoiser:
     unconditional: Unconditional
     guidance_scale: float
 
-    def rows(self, index: Tensor) -> Model:
-        """The model of the rows that `index` names."""
+    def rows(self, index: Index) -> Model:
+        """The model of the rows that `index`, on the CPU, names."""
         return branch_model(self.unet, self.condition.rows(index), self.unconditional, self.guidance_scale)
 
     def repeat(self, row: int, count: int) -> "Denoiser":
         """The denoiser of `count` rows, all of them like one of these."""
-        condition = self.condition.rows(torch.full((count,), row))
+        condition = self.condition.rows(slice(row, row + 1)).repeat(count)
         return Denoiser(self.unet, condition, self.unconditional, self.guidance_scale)
 
     def model(self) -> Model:
@@ -307,4 +316,5 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 
 def default_time_ids(rows: int, size: int, device: torch.device) -> Tensor:
     """time_ids (rows, 6) of an uncropped square image of `size` pixels."""
-    return torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32, device=device).expand(rows, -1)
+    ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)
+    return upload(ids, device).expand(rows, -1)

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from sharpening.regression import masked_mean
 from sharpening.trajectory import Branches, Model, Path, Schedule, timesteps_along, walk
+from sharpening.transfer import Index, slices, take, upload
 from sharpening.waiting import beginning, wait_for_all
 
-# `judge(latents (r, ...), rows (r,))` begins to judge some of R rows; what it returns waits for their total reward
-# (r,) and its components, name -> (r,).
+# `judge(latents (r, ...), rows)` begins to judge r of R rows, which `rows` names; what it returns waits for their
+# total reward (r,) and its components, name -> (r,).
 Verdict = tuple[Tensor, Mapping[str, Tensor]]
-Judge = Callable[[Tensor, Tensor], Callable[[], Verdict]]
-ModelOf = Callable[[Tensor], Model]  # the model with the condition of some of R rows, a tensor of indices
+Judge = Callable[[Tensor, list[int]], Callable[[], Verdict]]
+ModelOf = Callable[[Index], Model]  # the model with the condition of some of R rows
 
 
 class Scores(NamedTuple):
@@ -37,41 +38,46 @@ def score_branches(
     """
     t = timesteps_along(schedule, branches.t, steps)
     active = (t >= 0).cpu()
-    judged: list[tuple[Tensor, int]] = []  # (rows, k)
+    judged: list[tuple[list[int], int]] = []  # (rows, k)
     waits: list[Callable[[], Verdict]] = []  # for their rewards
     kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each slice: states, outputs, last estimates
     with beginning(waits):
-        for rows in torch.arange(len(t)).split(batch_size):
+        for rows in slices(len(t), batch_size):
             part, x, outputs = branches.rows(rows), [], []
-            last = part.x_t
+            last, numbers = part.x_t, range(rows.start, rows.stop)
+            on_steps = active[rows].T.tolist()  # (steps, r)
             for k, point in enumerate(walk(model_of(rows), schedule, part.x_t, part.t, steps)):
-                on = active[rows, k]
-                if not on.any():
+                if not any(on_steps[k]):
                     break
                 x.append(point.x)
                 outputs.append(point.output)
-                last = torch.where(point.active.view(-1, *[1] * (last.ndim - 1)), point.x0_hat, last)
-                judged.append((rows[on], k))
-                waits.append(judge(point.x0_hat if on.all() else point.x0_hat[on], rows[on]))
+                last = point.where_active(point.x0_hat, last)
+                on = [index for index, on in enumerate(on_steps[k]) if on]
+                judged.append(([numbers[index] for index in on], k))
+                all_on = len(on) == len(numbers)
+                estimate = point.x0_hat if all_on else take([point.x0_hat], torch.tensor(on))[0]
+                waits.append(judge(estimate, judged[-1][0]))
             ended = steps - len(x)  # nobody looks at the steps below t = 0
             kept.append((torch.stack(x + x[-1:] * ended, 1), torch.stack(outputs + outputs[-1:] * ended, 1), last))
     x, outputs, last = map(torch.cat, zip(*kept, strict=True))
-    return Scores(*_collect(judged, waits, active.shape), active, last), Path(x, t.clamp(min=0), active, outputs)
+    path = Path(x, upload(t.clamp(min=0), x.device), active, outputs)
+    return Scores(*_collect(judged, waits, active.shape), active, last), path
 
 
 @torch.no_grad()
 def begin_samples(judge: Judge, x_0: Tensor, batch_size: int) -> Callable[[], Scores]:
     """Begin to judge R clean latents (R, ...), `batch_size` at a time; what is returned waits for their scores."""
     active = torch.ones(len(x_0), 1, dtype=torch.bool)
-    parts, waits = torch.arange(len(x_0)).split(batch_size), []
+    judged, waits = [], []
     with beginning(waits):
-        for part in parts:
-            waits.append(judge(x_0[part], part))
-    return lambda: Scores(*_collect([(part, 0) for part in parts], waits, active.shape), active, x_0)
+        for part in slices(len(x_0), batch_size):
+            judged.append((list(range(part.start, part.stop)), 0))
+            waits.append(judge(x_0[part], judged[-1][0]))
+    return lambda: Scores(*_collect(judged, waits, active.shape), active, x_0)
 
 
 def _collect(
-    judged: Sequence[tuple[Tensor, int]], waits: Sequence[Callable[[], Verdict]], shape: tuple[int, int]
+    judged: Sequence[tuple[list[int], int]], waits: Sequence[Callable[[], Verdict]], shape: tuple[int, int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Wait for the rewards of (rows, step): all of them and their components as tensors of `shape` (R, m)."""
     rewards, components = torch.zeros(shape), {}

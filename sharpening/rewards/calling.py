@@ -96,53 +96,48 @@ class Reward:
         """Begin to `score`; what is returned waits for the result. Meanwhile a component's server can work."""
         if isinstance(prompts, str):
             prompts = [prompts]
-        total = torch.zeros(len(prompts))
         called: list[tuple[list[int], Component]] = []
         waits: list[Callable[[], Verdict]] = []  # for their scores
+        whole: list[tuple[list[int], Tensor]] = []  # whether all pixels of an image are finite
         with beginning(waits):
             for rows, batch in _batches(images, prompts):
-                rows, batch = self._without_broken(rows, batch, prompts, total)
-                if not rows:
-                    continue
+                finite = batch.flatten(1).isfinite().all(1)
+                whole.append((rows, finite))
+                # Whether some are not is asked at the end: asking a GPU is waiting for it.
+                batch = torch.where(finite[:, None, None, None], batch, 0)
                 batch_prompts = [prompts[row] for row in rows]
                 for component, scorer in zip(self.components, self._scorers, strict=True):
                     called.append((rows, component))
                     waits.append(self._begin(component.name, scorer, batch, batch_prompts, rows))
-        return lambda: self._sum(called, waits, total.clone(), prompts)
+        return lambda: self._sum(called, waits, whole, prompts)
 
     def _sum(
         self,
         called: list[tuple[list[int], Component]],
         waits: list[Callable[[], Verdict]],
-        total: Tensor,  # (B,) 0, or NaN for broken images
+        whole: list[tuple[list[int], Tensor]],
         prompts: list[str],
     ) -> Verdict:
-        """Wait for all components: their weighted sum and their values."""
+        """Wait for all components: their weighted sum and their values, NaN for images that were broken."""
+        total = torch.zeros(len(prompts))
         values = {component.name: torch.full((len(prompts),), torch.nan) for component in self.components}
         for (rows, component), (scores, parts) in zip(called, wait_for_all(waits), strict=True):
             total[rows] += component.weight * scores
             named = {component.name: scores} | {f"{component.name}/{part}": v for part, v in parts.items()}
             for name, column in named.items():
                 values.setdefault(name, torch.full((len(prompts),), torch.nan))[rows] = column
+        names = "+".join(component.name for component in self.components)
         if total.isinf().any():  # only weights beyond float32 lead here
             rows = total.isinf().nonzero().flatten().tolist()
-            names = "+".join(component.name for component in self.components)
             raise RewardError(names, "has a weighted sum beyond float32", rows, [prompts[row] for row in rows])
-        return total, values
-
-    def _without_broken(
-        self, rows: list[int], batch: Tensor, prompts: list[str], total: Tensor
-    ) -> tuple[list[int], Tensor]:
-        """The rows whose pixels are all finite; the `total` of the others is NaN. As 8-bit pixels, NaN would be black,
-        which some rewards like."""
-        finite = batch.flatten(1).isfinite().all(1).cpu()
-        if not finite.all():
+        for rows, finite in whole:
             broken = [row for row, good in zip(rows, finite.tolist(), strict=True) if not good]
-            problem = f"was given {len(broken)} of {len(rows)} images with NaN or infinite pixels"
-            names = "+".join(component.name for component in self.components)
-            self._fail(RewardError(names, problem, broken, [prompts[row] for row in broken]))
-            total[broken] = torch.nan
-        return [row for row, good in zip(rows, finite.tolist(), strict=True) if good], batch[finite.to(batch.device)]
+            if broken:
+                problem = f"was given {len(broken)} of {len(rows)} images with NaN or infinite pixels"
+                self._fail(RewardError(names, problem, broken, [prompts[row] for row in broken]))
+                for column in (total, *values.values()):
+                    column[broken] = torch.nan
+        return total, values
 
     def _fail(self, error: RewardError) -> None:
         """Raise the error of some rows, or say that they are skipped."""
@@ -162,7 +157,8 @@ class Reward:
 
         def guarded(call: Callable[[], object]) -> tuple[object, dict[int, str]]:
             try:
-                with torch.no_grad():
+                # A reward has a dtype of its own, whatever the pass that asks it is in.
+                with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
                     return call(), {}
             except RowsFailed as error:
                 return error.result, error.reasons

@@ -1,37 +1,53 @@
 """The curves of an optimizer step: means over all that it saw."""
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from sharpening.regression import Preference, squared_error
 from sharpening.selection import Scores, Selection
+from sharpening.transfer import upload
 
 ROUNDING = 1e-6  # of a difference of errors near 1 in float32; at the reference itself nothing else is left
 
 
 class Means:
-    """Means over everything that an optimizer step saw: rows, micro-batches and ranks.
+    """Means over everything that an optimizer step saw, on all ranks; the device is waited for once, at the end.
 
     Every rank must add the same names in the same order; a mask may leave a name without any value.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.totals: dict[str, Tensor] = {}  # name -> (2,) float64 sum and count
+        self._added: list[tuple[str, Tensor, Tensor | None]] = []
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Count `values` of any shape, where `mask` of that shape is True."""
-        values = values.detach().to(self.device, torch.float64)
-        mask = torch.ones_like(values) if mask is None else mask.to(self.device, torch.float64)
-        both = torch.stack([torch.where(mask > 0, values, 0).sum(), mask.sum()])
-        self.totals[name] = self.totals.get(name, 0) + both
+        """Count `values` of any shape, where `mask` of that shape, bool on the CPU, is True."""
+        self._added.append((name, values.detach(), mask))
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all ranks, names without a value left out; starts anew."""
-        stacked = accelerator.reduce(torch.stack(list(self.totals.values())), reduction="sum").tolist()
-        names, self.totals = list(self.totals), {}
-        return {name: total / count for name, (total, count) in zip(names, stacked, strict=True) if count}
+        totals: dict[str, np.ndarray] = {}  # name -> (2,) sum and count
+        for (name, _, mask), values in zip(self._added, self._on_host(), strict=True):
+            counted = values if mask is None else values[mask.flatten().numpy()]
+            totals[name] = totals.get(name, 0) + np.array([counted.sum(dtype=np.float64), counted.size])
+        self._added.clear()
+        stacked = np.stack([*totals.values()])  # (names, 2)
+        if accelerator.num_processes > 1:
+            stacked = accelerator.reduce(upload(torch.from_numpy(stacked), self.device), reduction="sum").tolist()
+        return {name: float(total / count) for name, (total, count) in zip(totals, stacked, strict=True) if count}
+
+    def _on_host(self) -> list[np.ndarray]:
+        """All values, flat, those of the device copied together."""
+        values = [values.flatten() for _, values, _ in self._added]
+        there = [index for index, value in enumerate(values) if value.device.type != "cpu"]
+        if there:
+            sizes = [len(values[index]) for index in there]
+            copied = torch.cat([values[index].float() for index in there]).cpu().split(sizes)
+            for index, value in zip(there, copied, strict=True):
+                values[index] = value
+        return [value.numpy() for value in values]
 
 
 def add_rewards(

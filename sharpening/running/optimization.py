@@ -39,7 +39,8 @@ def make_adam(parameters: list[Parameter], eight_bit: bool, scaled: bool, **opti
 
 def make_ema(unet: UNet2DConditionModel, parameters: list[Parameter], decay: float) -> EMAModel:
     """An exponential moving average of the weights that train, warmed up from the first step on."""
-    ema = EMAModel(parameters, decay=decay, model_cls=UNet2DConditionModel, model_config=unet.config)
+    # foreach: a few launches for all parameters together, where there were three for each.
+    ema = EMAModel(parameters, decay=decay, foreach=True, model_cls=UNet2DConditionModel, model_config=unet.config)
     ema.to(unet.device)
     return ema
 

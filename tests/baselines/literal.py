@@ -65,7 +65,7 @@ def schedule_of(steps):
 
 def drawn(step, rows, batch_size):
     """The rows of the data of an optimizer step, from 0 on, of one process and seed 0, and their draws' numbers."""
-    (batch,) = DrawSampler(rows, batch_size, 0, 1, 1, 0, step, step + 1)
+    (batch,) = DrawSampler(rows, batch_size, 0, 1, 0, step, step + 1)
     return [row for row, _ in batch], [draw for _, draw in batch]
 
 

@@ -15,9 +15,10 @@ def method():
 
 def plain_fine_tuning(unet, x, t, condition, eps, counted):
     """The mean over all prompts of the error of the noise; a prompt that is not counted has none."""
+    rows = [slice(i, i + 1) for i in counted.nonzero().flatten().tolist()]
     errors = [
-        torch.nn.functional.mse_loss(sdxl.predict_output(unet, x[[i]], t[[i]], condition.rows([i])), eps[[i]])
-        for i in counted.nonzero().flatten().tolist()
+        torch.nn.functional.mse_loss(sdxl.predict_output(unet, x[row], t[row], condition.rows(row)), eps[row])
+        for row in rows
     ]
     return sum(errors) / len(counted)
 

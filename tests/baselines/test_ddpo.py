@@ -243,7 +243,7 @@ def test_paths_prompts_and_rewards_stay_together_across_slices(train, flags, wor
             step, index = int(kept[row, k]), row * m + k
             assert torch.equal(x[index], states[step][row]) and t[index] == scheduler.timesteps[step]
             assert torch.equal(of_rows.embeds[index], condition.embeds[row])
-            output = sdxl.predict_output(unet, x[[index]], t[[index]], of_rows.rows([index]))
+            output = sdxl.predict_output(unet, x[[index]], t[[index]], of_rows.rows(slice(index, index + 1)))
             reached = states[step + 1][[row]]
             density = log_density(scheduler, output, int(t[index]), x[[index]], reached)
             objective = objective - advantage[row].double() * density.sum() / (2 * n * m)

@@ -8,13 +8,12 @@ import torch
 from sharpening.draws import Draws, DrawSampler, draw_generator, draw_noise, timestep_probabilities
 
 
-def sampler(num_rows, batch_size=1, rank=0, world_size=1, accumulation_steps=1, seed=0, start_step=0, num_steps=10):
+def sampler(num_rows, batch_size=1, rank=0, world_size=1, seed=0, start_step=0, num_steps=10):
     return DrawSampler(
         num_rows,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
-        accumulation_steps=accumulation_steps,
         seed=seed,
         start_step=start_step,
         num_steps=num_steps,
@@ -37,28 +36,26 @@ def test_a_step_may_hold_several_epochs():
 
 def step_sets(num_steps=5, **options):
     """The set of draws of every optimizer step, over all ranks."""
-    world_size, accumulation = options.get("world_size", 1), options.get("accumulation_steps", 1)
     steps = [set() for _ in range(num_steps)]
-    for rank in range(world_size):
+    for rank in range(options.get("world_size", 1)):
         for number, batch in enumerate(sampler(11, rank=rank, num_steps=num_steps, **options)):
-            steps[number // accumulation].update(batch)
+            steps[number].update(batch)
     return steps
 
 
 def test_the_draws_of_a_step_depend_on_their_number_alone():
     expected = step_sets(batch_size=8)
     assert all(len(step) == 8 for step in expected)
-    for batch_size, accumulation, world_size in ((1, 8, 1), (2, 4, 1), (1, 4, 2), (4, 1, 2), (1, 1, 8), (2, 2, 2)):
-        options = {"batch_size": batch_size, "accumulation_steps": accumulation, "world_size": world_size}
-        assert step_sets(**options) == expected
+    for batch_size, world_size in ((4, 2), (2, 4), (1, 8)):
+        assert step_sets(batch_size=batch_size, world_size=world_size) == expected
 
 
 def test_a_resumed_sampler_yields_the_remaining_batches():
-    options = {"batch_size": 3, "accumulation_steps": 2, "world_size": 2, "rank": 1, "num_steps": 9}
+    options = {"batch_size": 3, "world_size": 2, "rank": 1, "num_steps": 9}
     whole = list(sampler(5, **options))
     for start in (0, 4, 9):
         rest = sampler(5, start_step=start, **options)
-        assert list(rest) == whole[2 * start :] and len(rest) == 2 * (9 - start)
+        assert list(rest) == whole[start:] and len(rest) == 9 - start
 
 
 def test_generators_are_stable_and_independent():

@@ -1,9 +1,9 @@
-"""Latents that outlive the step that made them: which batches they fit, and what is said if they are spoiled."""
+"""Latents that outlive the step that made them: which prompts they fit."""
 
 import pytest
 import torch
 
-from sharpening.generation import Generations, generate_in_slices, not_finite
+from sharpening.generation import Generation, generate_in_slices
 from sharpening.trajectory import Model, Schedule, generate
 from tests.support.objective import SDXL
 
@@ -17,51 +17,50 @@ def batch(*prompts):
 FIRST, SECOND = batch("a cat", "a dog"), batch("a cow", "a hen")
 
 
-def test_new_prompts_have_no_latents_and_get_them_one_micro_batch_after_the_other():
-    generations = Generations()
-    assert not generations.begin([FIRST, SECOND], SHAPE)
-    assert generations.batches == [FIRST, SECOND] and generations.made == []
-    generations.add(FIRST["caption"], torch.zeros(SHAPE))
-    generations.add(SECOND["caption"], torch.ones(SHAPE))
-    assert [entry["prompts"] for entry in generations.made] == [["a cat", "a dog"], ["a cow", "a hen"]]
-    assert [float(entry["latents"].mean()) for entry in generations.made] == [0, 1]
+def test_new_prompts_have_no_latents_until_some_are_kept():
+    generation = Generation()
+    assert not generation.begin(FIRST, SHAPE)
+    assert generation.batch == FIRST and generation.made == []
+    generation.keep(torch.ones(SHAPE))
+    assert generation.made[0]["prompts"] == ["a cat", "a dog"]
+    assert torch.equal(generation.latents, torch.ones(SHAPE))
 
 
 def test_a_new_generation_forgets_what_earlier_latents_earned():
-    generations = Generations()
-    generations.begin([FIRST], SHAPE)
-    generations.scores.append("scores of the first")
-    generations.begin([SECOND], SHAPE)
-    assert generations.scores == [] and generations.batches == [SECOND]
+    generation = Generation()
+    generation.begin(FIRST, SHAPE)
+    generation.scores = "scores of the first"
+    generation.begin(SECOND, SHAPE)
+    assert generation.scores is None and generation.batch == SECOND
 
 
-def test_latents_of_a_checkpoint_fit_their_own_prompts_in_their_own_order():
+def test_latents_of_a_checkpoint_fit_their_own_prompts():
     """`made` is what a checkpoint keeps and fills again, so it must stay the same list."""
-    generations = Generations()
-    kept = generations.made
-    for one in (FIRST, SECOND):
-        generations.add(one["caption"], torch.zeros(SHAPE))
-    assert generations.begin([FIRST, SECOND], SHAPE)
-    assert generations.made is kept and len(kept) == 2
+    generation = Generation()
+    kept = generation.made
+    generation.begin(FIRST, SHAPE)
+    generation.keep(torch.zeros(SHAPE))
+    assert generation.begin(FIRST, SHAPE)
+    assert generation.made is kept and len(kept) == 1
 
 
 @pytest.mark.parametrize(
-    ("batches", "shape"),
+    ("one", "shape"),
     [
-        ([SECOND, FIRST], SHAPE),
-        ([FIRST], SHAPE),
-        ([FIRST, SECOND, FIRST], SHAPE),
-        ([FIRST, batch("a cow", "a fox")], SHAPE),
-        ([FIRST, SECOND], (4, *SHAPE[1:])),
-        ([FIRST, SECOND], (*SHAPE[:2], 4, 4)),
+        (batch("a dog", "a cat"), SHAPE),
+        (batch("a cat"), SHAPE),
+        (batch("a cat", "a dog", "a cat"), SHAPE),
+        (batch("a cat", "a fox"), SHAPE),
+        (FIRST, (4, *SHAPE[1:])),
+        (FIRST, (*SHAPE[:2], 4, 4)),
     ],
     ids=["another order", "fewer", "more", "another prompt", "more latents per prompt", "another resolution"],
 )
-def test_latents_of_a_checkpoint_fit_nothing_else(batches, shape):
-    generations = Generations()
-    for one in (FIRST, SECOND):
-        generations.add(one["caption"], torch.zeros(SHAPE))
-    assert not generations.begin(batches, shape)
+def test_latents_of_a_checkpoint_fit_nothing_else(one, shape):
+    generation = Generation()
+    generation.begin(FIRST, SHAPE)
+    generation.keep(torch.zeros(SHAPE))
+    assert not generation.begin(one, shape)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
@@ -85,12 +84,3 @@ def test_generation_keeps_no_gradient():
         lambda rows: Model(lambda x, t: weight * x), Schedule.from_config(SDXL, 2), torch.randn(2, 3), 2
     )
     assert not latents.requires_grad
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_spoiled_latents_are_named_with_step_and_remedy(value):
-    latents = torch.zeros(SHAPE)
-    assert not_finite(latents, 7) == ""
-    latents[1, 2, 0, 1] = value
-    said = not_finite(latents, 7)
-    assert said.startswith("step 7: the generated latents are not finite") and "--learning_rate" in said

@@ -8,9 +8,10 @@ from diffusers import DDIMScheduler
 
 from benchmarks.memory import LiveMemory
 from sharpening import sdxl
-from sharpening.regression import Regression
+from sharpening.regression import Preference, Regression
 from sharpening.selection import begin_samples, score_branches, select
 from sharpening.trajectory import Branches, Schedule, outputs_through_sampler, walk_path
+from sharpening.transfer import slices
 from tests.support.objective import (
     ConvolutionalDenoiser,
     denoiser,
@@ -80,7 +81,7 @@ def train(unet, reference, condition, regression, x_0, eps, t, n, m, swapped=Fal
     best_and_worst = [selection.best_rows, selection.worst_rows]
     rows = torch.stack(best_and_worst[::-1] if swapped else best_and_worst, 1).flatten()
     rewards = selection.branch_reward.flatten()[rows].view(-1, 2).to(x_0.dtype)
-    pairs, of_pairs, at_once = branches.rows(rows), of_branches.rows(rows), one_forward_trains(args)
+    pairs, of_pairs, at_once = branches.rows(rows), condition.repeat(2), one_forward_trains(args)
     if args.reward_on == "trajectory":
         path = path.rows(rows)
     else:
@@ -91,19 +92,27 @@ def train(unet, reference, condition, regression, x_0, eps, t, n, m, swapped=Fal
         reference_output = sdxl.predict_along(reference, measured, of_pairs, args.train_rows)
     reference_errors = regression.errors(pairs, measured, reference_output)
     unet.zero_grad(set_to_none=False)
-    with torch.set_grad_enabled(at_once):
-        if args.backprop_through_sampler:
-            output = outputs_through_sampler(denoiser(unet, of_pairs).model(), schedule, pairs, m)
-        elif path.output is None:
-            output = sdxl.predict_along(unet, path, of_pairs)
-        else:
-            output = path.output
-        errors = regression.errors(pairs, path, output)
-        of_pair = (part.unflatten(0, (-1, 2)) for part in (errors.detach(), reference_errors, path.active))
-        preference = preference_loss(args, *of_pair, rewards, selection.decided)
-        weights = preference.weights.flatten(0, 1)
-        if at_once:
-            (weights * errors).sum().backward()
+    losses = []
+    for some in slices(prompts, max(1, args.train_rows // (2 * m)) if at_once else prompts):
+        part = slice(2 * some.start, 2 * some.stop)
+        part_of_pairs, of_part = pairs.rows(part), path.rows(part)
+        with torch.set_grad_enabled(at_once):
+            if args.backprop_through_sampler:
+                walking = denoiser(unet, of_pairs).rows(part)
+                output = outputs_through_sampler(walking, schedule, part_of_pairs, m)
+            elif path.output is None:
+                output = sdxl.predict_along(unet, of_part, of_pairs.rows(part))
+            else:
+                output = of_part.output
+            errors = regression.errors(part_of_pairs, of_part, output)
+            of_pair = (errors.detach(), reference_errors[part], of_part.active)
+            of_pair = (each.unflatten(0, (-1, 2)) for each in of_pair)
+            preference = preference_loss(args, *of_pair, rewards[some], selection.decided[some])
+            weights = preference.weights.flatten(0, 1) * ((some.stop - some.start) / prompts)
+            if at_once:
+                (weights * errors).sum().backward()
+        losses.append(preference)
+    preference = Preference(*(torch.cat(each) for each in zip(*(one[:3] for one in losses), strict=True)))
     if not at_once:
         for part in regression.rows(pairs, path, of_pairs, weights).split(args.train_rows):
             part.loss(sdxl.predict_output(unet, part.x, part.t, part.condition)).backward()
@@ -209,13 +218,13 @@ def test_any_slicing_gives_one_gradient(double_pipeline, changes, options):
         assert (ours - expected).norm() <= 1e-10 * expected.norm()
 
 
-def test_one_forward_trains_where_samples_are_judged_and_pairs_fit_one_slice():
+def test_one_forward_trains_where_samples_are_judged_and_a_pair_fits_one_slice():
     def of(**changes):
         return one_forward_trains(
             SimpleNamespace(**{**OPTIONS, "train_batch_size": 2, "trajectory_nums": 3, **changes})
         )
 
-    assert of(**SAMPLES, train_rows=12) and not of(**SAMPLES, train_rows=11)
+    assert of(**SAMPLES, train_rows=6) and not of(**SAMPLES, train_rows=5)
     assert not of(train_rows=12) and of(backprop_through_sampler=True, train_rows=1)
 
 

@@ -66,7 +66,7 @@ def test_scoring_in_slices_equals_scoring_at_once_and_never_mixes_prompts(batch_
         return Model(lambda x, t: scale * x)
 
     def judge(x0_hat, rows):
-        seen.extend(rows.tolist())
+        seen.extend(rows)
         verdict = x0_hat.mean((1, 2, 3)) + prompts_of_rows[rows], {"mean": x0_hat.mean((1, 2, 3))}
         return lambda: verdict
 

@@ -341,7 +341,7 @@ def test_workers_change_nothing(tmp_path):
     batches = {}
     for workers in (0, 2):
         loader = DataLoader(
-            cached, batch_sampler=DrawSampler(5, 3, 0, 1, 1, 0, 0, 6), collate_fn=collate, num_workers=workers
+            cached, batch_sampler=DrawSampler(5, 3, 0, 1, 0, 0, 6), collate_fn=collate, num_workers=workers
         )
         batches[workers] = list(loader)
     assert len(batches[0]) == 6

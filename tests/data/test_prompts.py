@@ -111,7 +111,7 @@ def test_cache_is_made_once_and_read_back_by_row_and_draw(tmp_path):
     cached = cache_embeddings(dataset, **options)
     again = cache_embeddings(dataset, **options)
     assert encoded == PROMPTS and len(cached) == len(again) == 3
-    sampler = DrawSampler(3, 3, 0, 1, 1, 0, 0, 1)
+    sampler = DrawSampler(3, 3, 0, 1, 0, 0, 1)
     (batch,) = DataLoader(again, batch_sampler=sampler, collate_fn=collate)
     assert sorted(batch["caption"]) == sorted(PROMPTS)
     assert batch["prompt_embeds"][:, 0, 0].tolist() == [len(caption) for caption in batch["caption"]]

@@ -78,10 +78,10 @@ def test_rows_of_sft_are_those_promised(changes, rows_of_a_step):
         {"branch_guidance_scale": 2, "guidance_scale": 1},
         {"latents_per_prompt": "n", "share_noise_in_pair": True},
         {"reference_steps": "first", "train_rows": 1},
-        {**SAMPLES, "trajectory_nums": 1, "train_rows": 4},
-        {**SAMPLES, "trajectory_nums": 1, "train_rows": 3},
-        {**SAMPLES, "trajectory_nums": 2, "train_rows": 8},
-        {**SAMPLES, "trajectory_nums": 2, "train_rows": 7},
+        {**SAMPLES, "trajectory_nums": 1, "train_rows": 2},
+        {**SAMPLES, "trajectory_nums": 1, "train_rows": 1},
+        {**SAMPLES, "trajectory_nums": 2, "train_rows": 4},
+        {**SAMPLES, "trajectory_nums": 2, "train_rows": 3},
         {**SAMPLES, "trajectory_nums": 2, "branch_guidance_scale": 2},
         {"preset": "released"},
         {"preset": "released", "branch_guidance_scale": 2},
@@ -102,11 +102,11 @@ def test_rows_of_rlhf_are_those_promised(changes, rows_of_a_step):
 @pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize("method", ["RLHF"], indirect=True)
 @pytest.mark.parametrize("m", [1, 2])
-def test_no_forward_is_done_twice_where_samples_are_judged_and_pairs_fit_one_slice(m, rows_of_a_step):
-    fitting = 2 * 2 * m  # the states of the pairs of 2 prompts
+def test_no_forward_is_done_twice_where_samples_are_judged_and_a_pair_fits_one_slice(m, rows_of_a_step):
+    fitting = 2 * m  # the states of one of the 2 pairs
     _, at_once = rows_of_a_step(**SAMPLES, trajectory_nums=m, train_rows=fitting)
     _, sliced = rows_of_a_step(**SAMPLES, trajectory_nums=m, train_rows=fitting - 1)
-    assert at_once == {**sliced, "score": sliced["score"] - 4} and at_once["train"] == fitting
+    assert at_once == {**sliced, "score": sliced["score"] - 4} and at_once["train"] == 2 * fitting
 
 
 @pytest.mark.parametrize("method", ["SFT"], indirect=True)

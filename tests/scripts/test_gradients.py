@@ -47,7 +47,7 @@ def test_one_branch_of_one_step_trains_as_plain_diffusers_does(method, train, fl
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(world.model)
     images = datasets.load_dataset("imagefolder", data_dir=str(world.shapes), split="train")
-    (batch,) = DrawSampler(len(images), 4, 0, 1, 1, 3, 0, 1)
+    (batch,) = DrawSampler(len(images), 4, 0, 1, 3, 0, 1)
     rows = [images[row] for row, _ in batch]
     pixels = torch.stack([torch.from_numpy(np.array(row["image"])).permute(2, 0, 1) / 127.5 - 1 for row in rows])
     latents = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor

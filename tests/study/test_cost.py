@@ -14,9 +14,9 @@ DECODE = 0.62
     [
         (SFT, {"num_noisy_latents": 2, "trajectory_nums": 3}, 2 * 3 * (1 + DECODE) + 3 * 3),
         (SFT, {"num_noisy_latents": 1, "trajectory_nums": 1}, 3),  # standard fine-tuning scores nothing
-        (RLHF, {**SAMPLES, "trajectory_nums": 2}, 4 * (10 + DECODE) + 2 * (2 + 2 + 2 * 3)),
-        # Where the pairs' states fit one slice, the walk ends at the last of them.
-        (RLHF, {**SAMPLES, "trajectory_nums": 2, "train_rows": 20}, 4 * (10 + DECODE) + 2 + 2 * (2 + 2 * 3)),
+        (RLHF, {**SAMPLES, "trajectory_nums": 2, "train_rows": 3}, 4 * (10 + DECODE) + 2 * (2 + 2 + 2 * 3)),
+        # Where a pair's states fit one slice, the walk ends at the last of them.
+        (RLHF, {**SAMPLES, "trajectory_nums": 2, "train_rows": 4}, 4 * (10 + DECODE) + 2 + 2 * (2 + 2 * 3)),
         # With m = 1 the gradient's own forward tells the errors of the pair.
         (RLHF, SAMPLES, 4 * (10 + DECODE) + 2 + 2 * 3),
         (BEST_OF_N, DRAWN, 4 * (10 + DECODE) + 3),
