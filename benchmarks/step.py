@@ -43,7 +43,7 @@ STEP_FLAGS = (
     Flag("batch", "prompts in a step", int, 1, "[1, inf)"),
     Flag("mixed_precision", "of the scripts", default="no", choices=("no", "fp16", "bf16")),
     Flag("decoder", "what decodes for the reward", default="vae", choices=("vae", "tiny")),
-    Flag("score_batch_size", "of the scripts", int, 8, "[1, inf)"),
+    Flag("score_batch_size", "of the scripts", int, 16, "[1, inf)"),
     Flag("decode_batch_size", "of the scripts", int, 4, "[1, inf)"),
     Flag("use_lora", "of the scripts", bool, False),
     Flag("gradient_checkpointing", "of the scripts", bool, False),
