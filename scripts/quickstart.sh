@@ -25,7 +25,7 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision n
   --train_batch_size=24 --max_train_steps=300 --seed=0 \
   --learning_rate=5e-4 --lr_scheduler=cosine --lr_warmup_steps=30 \
   --adam_weight_decay=0 --use_ema --ema_decay=0.98 \
-  --score_batch_size=72 --decode_batch_size=72 \
+  --score_batch_size=72 --decode_batch_size=72 --train_rows=24 \
   --validation_prompts_file="$OUT/held_out_prompts.txt" --num_validation_images=8 --validation_guidance_scale=1 \
   --validation_steps=50 --validation_epochs=0 \
   --checkpointing_steps=150 --report_to=tensorboard \

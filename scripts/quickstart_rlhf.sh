@@ -26,7 +26,7 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision n
   --train_batch_size=24 --max_train_steps=150 --seed=0 \
   --learning_rate=1e-4 --lr_scheduler=cosine --lr_warmup_steps=15 \
   --adam_weight_decay=0 --use_ema --ema_decay=0.95 \
-  --generation_batch_size=96 --score_batch_size=96 --decode_batch_size=96 \
+  --generation_batch_size=96 --score_batch_size=96 --decode_batch_size=96 --train_rows=48 \
   --validation_prompts_file="$OUT/held_out_prompts.txt" --num_validation_images=16 --validation_guidance_scale=1 \
   --validation_steps=30 --validation_epochs=0 \
   --checkpointing_steps=150 --report_to=tensorboard \

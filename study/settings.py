@@ -7,8 +7,8 @@ from dataclasses import dataclass
 METRICS = {name: f"study/metrics.py:{name}" for name in ("colour", "shape", "background", "likeness")}
 COMMON = {
     "resolution": 32, "reward_model": "shapes", "train_batch_size": 24, "lr_scheduler": "cosine", "use_ema": True,
-    "ema_decay": 0.95, "adam_weight_decay": 0, "score_batch_size": 96, "decode_batch_size": 96, "report_to": "none",
-    "validation_guidance_scale": 1, "validation_epochs": 0, "checkpointing_steps": 1_000_000,
+    "ema_decay": 0.95, "adam_weight_decay": 0, "score_batch_size": 96, "decode_batch_size": 96, "train_rows": 96,
+    "report_to": "none", "validation_guidance_scale": 1, "validation_epochs": 0, "checkpointing_steps": 1_000_000,
 }  # fmt: skip
 IMAGES = {"center_crop": True, "proportion_empty_prompts": 0.1, "learning_rate": 5e-4}
 DRAWN = {"num_noisy_latents": 4, "infer_steps": 10, "guidance_scale": 1, "generation_batch_size": 96}
