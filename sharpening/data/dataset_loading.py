@@ -4,10 +4,12 @@ import glob
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow as pa
 
-from sharpening.errors import UserError, reason
+from sharpening.errors import NO_ROOM, UserError, reason
 from sharpening.files import looks_local
 
 FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -42,7 +44,7 @@ def _load_image_folder(train_data_dir: str, cache_dir: str | None) -> datasets.D
         raise UserError(f"--train_data_dir '{train_data_dir}' is not a folder; give an image folder.")
     # One pattern for everything: a subfolder called "test" is part of the training data here.
     files = os.path.join(glob.escape(folder), "**")
-    return datasets.load_dataset("imagefolder", data_files={"train": files}, split="train", cache_dir=cache_dir)
+    return _load("imagefolder", data_files={"train": files}, cache_dir=cache_dir)
 
 
 def _load_named(name: str, config_name: str | None, cache_dir: str | None) -> datasets.Dataset:
@@ -50,10 +52,10 @@ def _load_named(name: str, config_name: str | None, cache_dir: str | None) -> da
     if os.path.isdir(path):
         if any(os.path.isfile(os.path.join(path, marker)) for marker in ("state.json", "dataset_dict.json")):
             return _saved_train_split(name, path)
-        return datasets.load_dataset(path, config_name, split="train", cache_dir=cache_dir)
+        return _load(path, name=config_name, cache_dir=cache_dir)
     suffix = Path(path).suffix
     if not (os.path.isfile(path) or glob.has_magic(path) or suffix in FILE_BUILDERS or looks_local(name)):
-        return datasets.load_dataset(name, config_name, split="train", cache_dir=cache_dir)
+        return _load(name, name=config_name, cache_dir=cache_dir)
     files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
     if not files:
         raise UserError(f"--dataset_name '{name}' names no file or folder; correct the path or give a hub id.")
@@ -61,7 +63,45 @@ def _load_named(name: str, config_name: str | None, cache_dir: str | None) -> da
         known = ", ".join(FILE_BUILDERS)
         raise UserError(f"--dataset_name '{name}' names files of an unknown kind; give a folder or files of {known}.")
     data_files = {"train": [glob.escape(file) for file in files]}
-    return datasets.load_dataset(FILE_BUILDERS[suffix], data_files=data_files, split="train", cache_dir=cache_dir)
+    return _load(FILE_BUILDERS[suffix], data_files=data_files, cache_dir=cache_dir)
+
+
+def _load(path: str, **options: Any) -> datasets.Dataset:
+    """The train split by `datasets`, which keeps a copy as Arrow files in its cache; what is wrong there is said."""
+    try:
+        return datasets.load_dataset(path, split="train", **options)
+    except Exception as error:
+        if _errno(error) in NO_ROOM:
+            raise UserError(
+                f"--cache_dir: `datasets` cannot write its cache ({reason(error)}); free space or name a larger disk."
+            ) from error
+        folder = _prepared(path, options)
+        if folder:
+            raise UserError(damaged_cache(folder, reason(error))) from error
+        raise
+
+
+def _errno(error: BaseException | None) -> int | None:
+    """The system's number of the innermost cause."""
+    number = None
+    while error is not None:
+        number = getattr(error, "errno", None) or number
+        error = error.__cause__
+    return number
+
+
+def _prepared(path: str, options: Mapping[str, Any]) -> str | None:
+    """The folder of the cache in which an earlier load finished this data set."""
+    try:
+        folder = datasets.load_dataset_builder(path, **options).cache_dir
+    except Exception:  # then the data set itself cannot be found, which the first error says
+        return None
+    return folder if os.path.isfile(os.path.join(folder, datasets.config.DATASET_INFO_FILENAME)) else None
+
+
+def damaged_cache(folder: str, why: str) -> str:
+    """The sentence that says so."""
+    return f"{folder}, where `datasets` keeps the data set, is damaged ({why}); delete that folder: it is made anew."
 
 
 def _saved_train_split(name: str, path: str) -> datasets.Dataset:
@@ -77,11 +117,22 @@ def _saved_train_split(name: str, path: str) -> datasets.Dataset:
 
 
 def with_columns(dataset: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
-    """Only the columns that the flags (flag -> column) name."""
+    """Only the columns that the flags (flag -> column) name.
+
+    Raises:
+        UserError: a column is missing, or its Arrow data contradict themselves, as they do where zeros were written
+            into a file.
+    """
     if not set(columns.values()) <= set(dataset.column_names):
         dataset = dataset.flatten()  # members of a struct become columns: json.caption
     for flag, column in columns.items():
         if column not in dataset.column_names:
             existing = ", ".join(dataset.column_names)
             raise UserError(f"{flag} '{column}' is not a column of the data set; choose one of: {existing}.")
-    return dataset.select_columns(list(dict.fromkeys(columns.values())))
+    dataset = dataset.select_columns(list(dict.fromkeys(columns.values())))
+    try:
+        dataset.data.table.validate(full=True)  # reads the lengths of all values and the text, but no image
+    except pa.ArrowInvalid as error:
+        folder = os.path.dirname(dataset.cache_files[0]["filename"]) if dataset.cache_files else "the data"
+        raise UserError(damaged_cache(folder, reason(error))) from error
+    return dataset
