@@ -1,8 +1,9 @@
 """The train split that the data flags name: on the hub, in a folder, or in files, whatever their form."""
 
 import glob
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def _load_named(name: str, config_name: str | None, cache_dir: str | None) -> da
     if os.path.isdir(path):
         if any(os.path.isfile(os.path.join(path, marker)) for marker in ("state.json", "dataset_dict.json")):
             return _saved_train_split(name, path)
-        return _load(path, name=config_name, cache_dir=cache_dir)
+        return _load(path, config_name, cache_dir=cache_dir)
     suffix = Path(path).suffix
     if not (os.path.isfile(path) or glob.has_magic(path) or suffix in FILE_BUILDERS or looks_local(name)):
-        return _load(name, name=config_name, cache_dir=cache_dir)
+        return _load(name, config_name, cache_dir=cache_dir)
     files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
     if not files:
         raise UserError(f"--dataset_name '{name}' names no file or folder; correct the path or give a hub id.")
@@ -66,37 +67,50 @@ def _load_named(name: str, config_name: str | None, cache_dir: str | None) -> da
     return _load(FILE_BUILDERS[suffix], data_files=data_files, cache_dir=cache_dir)
 
 
-def _load(path: str, **options: Any) -> datasets.Dataset:
+def _load(*words: str | None, **options: Any) -> datasets.Dataset:
     """The train split by `datasets`, which keeps a copy as Arrow files in its cache; what is wrong there is said."""
     try:
-        return datasets.load_dataset(path, split="train", **options)
+        return datasets.load_dataset(*words, split="train", **options)
     except Exception as error:
-        if _errno(error) in NO_ROOM:
+        cause = _innermost(error)
+        if getattr(cause, "errno", None) in NO_ROOM:
             raise UserError(
                 f"--cache_dir: `datasets` cannot write its cache ({reason(error)}); free space or name a larger disk."
             ) from error
-        folder = _prepared(path, options)
+        folder = _damaged(words, options)
         if folder:
             raise UserError(damaged_cache(folder, reason(error))) from error
         raise
 
 
-def _errno(error: BaseException | None) -> int | None:
-    """The system's number of the innermost cause."""
-    number = None
-    while error is not None:
-        number = getattr(error, "errno", None) or number
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
         error = error.__cause__
-    return number
+    return error
 
 
-def _prepared(path: str, options: Mapping[str, Any]) -> str | None:
-    """The folder of the cache in which an earlier load finished this data set."""
+def _damaged(words: Sequence[str | None], options: Mapping[str, Any]) -> str | None:
+    """The folder of the cache in which an earlier load finished this data set, if its files cannot be read now."""
     try:
-        folder = datasets.load_dataset_builder(path, **options).cache_dir
-    except Exception:  # then the data set itself cannot be found, which the first error says
-        return None
-    return folder if os.path.isfile(os.path.join(folder, datasets.config.DATASET_INFO_FILENAME)) else None
+        builder = datasets.load_dataset_builder(*words, **options)
+    except Exception:  # then what is said of the data set cannot be read, or there is none
+        root = Path(options["cache_dir"] or datasets.config.HF_DATASETS_CACHE).expanduser()
+        infos = root.rglob(datasets.config.DATASET_INFO_FILENAME)
+        return next((str(info.parent) for info in infos if not _is_json(info)), None)
+    try:
+        for file in Path(builder.cache_dir).glob("*.arrow"):
+            datasets.Dataset.from_file(str(file))
+    except (pa.ArrowException, OSError):
+        return builder.cache_dir
+    return None
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def damaged_cache(folder: str, why: str) -> str:

@@ -39,10 +39,10 @@ class GradeCache:
         path = self._path(key)
         try:
             return grades_of(json.loads(path.read_text(encoding="utf-8"))["grades"], self.template)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning(f"the grades in {path} are damaged ({first_line(error)}) and are asked for anew")
+            logger.warning(f"the grades in {path} cannot be read ({first_line(error)}) and are asked for anew")
             return None
 
     def keep(self, key: str, prompt: str, reply: str, grades: Grades) -> None:

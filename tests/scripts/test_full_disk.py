@@ -5,10 +5,8 @@ writes.
 """
 
 import os
-import resource
 import shutil
 import subprocess
-from contextlib import contextmanager
 
 import pytest
 from diffusers import StableDiffusionXLPipeline
@@ -21,17 +19,6 @@ HOW = "free space on the disk of --output_dir, then continue with --resume_from_
 STATE = ("unet/diffusion_pytorch_model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl")
 
 
-@contextmanager
-def no_file_above(size):
-    """Within, this process can write no file beyond `size` bytes: EFBIG instead of ENOSPC."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def the_error(text):
     (line,) = [line for line in text.splitlines() if line.startswith("error:")]
     assert "Traceback" not in text
@@ -40,12 +27,14 @@ def the_error(text):
 
 # The UNet is a file of 1.02 MiB by safetensors, the optimizer one of 2.1 MiB by torch.
 @pytest.mark.parametrize("size", [MIB, 1.5 * MIB], ids=["safetensors", "torch"])
-def test_checkpoint_that_does_not_fit_leaves_the_one_before(size, train, flags, trained_once, tmp_path, capsys):
+def test_checkpoint_that_does_not_fit_leaves_the_one_before(
+    size, train, flags, trained_once, tmp_path, capsys, file_limit
+):
     whole = trained_once(**OPTIONS)
     run = tmp_path / "run"
     shutil.copytree(whole / "checkpoint-1", run / "checkpoint-1")
     shutil.copy(whole / "metrics.jsonl", run)
-    with no_file_above(size):
+    with file_limit(size):
         assert train(flags(**OPTIONS, resume_from_checkpoint="latest")) == 1
     why = "File too large" if size == MIB else "torch.save could not write to the end of a file"
     said = f"step 2: the checkpoint cannot be written ({why}); {HOW}; {run}/checkpoint-1 is whole"
@@ -56,10 +45,12 @@ def test_checkpoint_that_does_not_fit_leaves_the_one_before(size, train, flags, 
     assert [line["step"] for line in metrics(run)] == [1, 2]
 
 
-def test_result_that_does_not_fit_is_written_when_the_run_is_continued(train, flags, trained_once, tmp_path, capsys):
+def test_result_that_does_not_fit_is_written_when_the_run_is_continued(
+    train, flags, trained_once, tmp_path, capsys, file_limit
+):
     run = tmp_path / "run"
     shutil.copytree(trained_once(**OPTIONS) / "checkpoint-2", run / "checkpoint-2")
-    with no_file_above(MIB):
+    with file_limit(MIB):
         assert train(flags(**OPTIONS, resume_from_checkpoint="latest")) == 1
     said = f"the result cannot be written (File too large); {HOW}; the run is saved in {run}/checkpoint-2"
     assert the_error(capsys.readouterr().err) == f"error: {said}"
@@ -68,9 +59,9 @@ def test_result_that_does_not_fit_is_written_when_the_run_is_continued(train, fl
     assert StableDiffusionXLPipeline.from_pretrained(run).unet is not None
 
 
-def test_failure_that_cannot_be_saved_is_said_with_the_reason_for_both(train, flags, tmp_path, capsys):
+def test_failure_that_cannot_be_saved_is_said_with_the_reason_for_both(train, flags, tmp_path, capsys, file_limit):
     (tmp_path / "mine.py").write_text("def broken(images, prompts):\n    raise OSError('the model fell over')\n")
-    with no_file_above(MIB):
+    with file_limit(MIB):
         assert train(flags(reward_model=f"{tmp_path}/mine.py:broken")) == 1
     error = the_error(capsys.readouterr().err)
     assert "the model fell over" in error and "step 0: the checkpoint cannot be written" in error
@@ -111,7 +102,7 @@ def test_full_disk_stops_both_ranks_and_the_run_goes_on_elsewhere(on_small_disk,
     result = on_small_disk(5 * MIB, "torchrun", flags(**options, output_dir=tmp_path / "disk" / "run"))
     assert result.returncode == 1
     said = f"{HOW}; {tmp_path}/disk/run/checkpoint-1 is whole"
-    ours = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    ours = [line[line.index("error: ") :] for line in result.stderr.splitlines() if "error: " in line]
     assert len(ours) == 2 and all(line.endswith("checkpoint-1 is whole") for line in ours)
     assert any(line.startswith("error: step 2: the checkpoint cannot be written") for line in ours)
     assert any(said in line for line in ours) and any("another process cannot write" in line for line in ours)
