@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sharpening.errors import NO_ROOM, UserError, reason
 from sharpening.files import looks_local
@@ -134,8 +135,7 @@ def with_columns(dataset: datasets.Dataset, columns: Mapping[str, str]) -> datas
     """Only the columns that the flags (flag -> column) name.
 
     Raises:
-        UserError: a column is missing, or its Arrow data contradict themselves, as they do where zeros were written
-            into a file.
+        UserError: a column is missing, or zeros were written into its Arrow file.
     """
     if not set(columns.values()) <= set(dataset.column_names):
         dataset = dataset.flatten()  # members of a struct become columns: json.caption
@@ -144,9 +144,20 @@ def with_columns(dataset: datasets.Dataset, columns: Mapping[str, str]) -> datas
             existing = ", ".join(dataset.column_names)
             raise UserError(f"{flag} '{column}' is not a column of the data set; choose one of: {existing}.")
     dataset = dataset.select_columns(list(dict.fromkeys(columns.values())))
-    try:
-        dataset.data.table.validate(full=True)  # reads the lengths of all values and the text, but no image
-    except pa.ArrowInvalid as error:
-        folder = os.path.dirname(dataset.cache_files[0]["filename"]) if dataset.cache_files else "the data"
-        raise UserError(damaged_cache(folder, reason(error))) from error
+    _refuse_zeros(dataset)
     return dataset
+
+
+def _refuse_zeros(dataset: datasets.Dataset) -> None:
+    """Look for what zeros in an Arrow file make of it; reads the lengths of all values and the text, but no image."""
+    table, why = dataset.data.table, ""
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid as error:
+        why = reason(error)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if not why and pa.types.is_string(column.type) and pc.any(pc.match_substring(column, "\0")).as_py():
+            why = f"zeros in the text of {name}"
+    if why:
+        folder = os.path.dirname(dataset.cache_files[0]["filename"]) if dataset.cache_files else "the memory"
+        raise UserError(damaged_cache(folder, why))

@@ -158,10 +158,16 @@ def test_checking_captions_reads_no_image(tmp_path, monkeypatch):
     assert isinstance(dataset[0]["image"]["bytes"], bytes)
 
 
+def zeroed(data, begin, length):
+    return data[:begin] + bytes(length) + data[begin + length :]
+
+
 CUTS = {
     "cut": lambda data: data[:-200],
     "half": lambda data: data[: len(data) // 2],
-    "zeroed": lambda data: data[: len(data) // 2] + bytes(20_000) + data[len(data) // 2 + 20_000 :],
+    "zeroed": lambda data: zeroed(data, len(data) // 2, 20_000),
+    "lengths zeroed": lambda data: zeroed(data, data.index(b"caption 0caption 1") - 200, 100),
+    "text zeroed": lambda data: zeroed(data, data.index(b"caption 5caption 6"), 30),
     "empty": lambda data: b"",
 }
 
