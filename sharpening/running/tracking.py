@@ -16,7 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from sharpening.errors import UserError
+from sharpening.errors import NO_ROOM, UserError
 from sharpening.files import write_aside
 from sharpening.running.watch import Watch
 from sharpening.running.writing import attempt
@@ -34,9 +34,11 @@ def start_trackers(accelerator: Accelerator, config: Mapping[str, Any], run_id: 
     try:
         accelerator.init_trackers("diffusion-sharpening", config=config, init_kwargs={"wandb": options})
     except Exception as error:
+        remedy = "run `wandb login`, set WANDB_MODE=offline, or choose --report_to tensorboard"
+        if getattr(error, "errno", None) in NO_ROOM:
+            remedy = "free space on the disk of --output_dir"
         raise UserError(
-            f"--report_to {report_to}: the tracker did not start ({type(error).__name__}: {error}); run "
-            "`wandb login`, set WANDB_MODE=offline, or choose --report_to tensorboard"
+            f"--report_to {report_to}: the tracker did not start ({type(error).__name__}: {error}); {remedy}"
         ) from error
 
 

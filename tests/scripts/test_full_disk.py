@@ -5,8 +5,10 @@ writes.
 """
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from diffusers import StableDiffusionXLPipeline
@@ -66,6 +68,30 @@ def test_failure_that_cannot_be_saved_is_said_with_the_reason_for_both(train, fl
     error = the_error(capsys.readouterr().err)
     assert "the model fell over" in error and "step 0: the checkpoint cannot be written" in error
     assert error.endswith("no checkpoint is whole yet, so that begins anew")
+
+
+START_TRACKERS = """
+import resource, sys
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from sharpening.errors import exit_status
+from sharpening.running import tracking
+
+project = ProjectConfiguration(project_dir=sys.argv[1], logging_dir=sys.argv[1])
+accelerator = Accelerator(cpu=True, log_with="tensorboard", project_config=project)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+sys.exit(exit_status(lambda: tracking.start_trackers(accelerator, {"seed": 0}, "id", "tensorboard")))
+"""
+
+
+def test_tracker_that_cannot_begin_for_want_of_space_says_so(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", START_TRACKERS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert re.search(
+        r"^error: --report_to tensorboard: .*; free space on the disk of --output_dir$", result.stderr, re.M
+    )
 
 
 SMALL_DISK = """
