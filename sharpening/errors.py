@@ -1,8 +1,11 @@
 """Errors as the person at the keyboard reads them."""
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, a full quota, a file larger than it may be
 
 
 class UserError(Exception):

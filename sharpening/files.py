@@ -43,6 +43,20 @@ def write_aside(path: Path, shared: bool = False) -> Iterator[Path]:
         _remove(aside)
 
 
+def heed_umask(folder: Path) -> None:
+    """Let whoever may read new files read the safetensors under `folder`: that library keeps them to their owner.
+
+    Raises:
+        OSError: the folder or a file in it cannot be changed.
+    """
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

@@ -6,14 +6,12 @@ It knows no loss, no branch and no reward's value. A run that must end early rai
 import copy
 import math
 import secrets
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 import torch
@@ -23,6 +21,7 @@ from accelerate.utils import broadcast, set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -41,6 +40,7 @@ from sharpening.running.plan import Plan
 from sharpening.running.signals import StopSignal
 from sharpening.running.validation import Drawing, Validation, averaged_weights, read_validation_prompts
 from sharpening.running.watch import Watch
+from sharpening.running.writing import WriteError, attempt
 
 logger = get_logger(__name__)
 
@@ -264,6 +264,9 @@ class Run:
             self.start_step, self.plan.num_steps,
         )  # fmt: skip
         self._finished, self._last_metrics = self.start_step, {}
+        here = self.output_dir / f"checkpoint-{self.start_step}"
+        self._saved_step = self.start_step if self._checkpoint == here else None
+        self.stop_if(self._log.failure)
         for step in range(self.start_step + 1, self.plan.num_steps + 1):
             self._started, self.phase_seconds = time.perf_counter(), {}
             yield step
@@ -315,9 +318,13 @@ class Run:
         """
         if not self.any_rank(bool(failure)):
             return
-        path = self._save(self._finished)
-        # Not into the progress bar's line.
-        tqdm.write(f"error: {failure or elsewhere}; the run is saved in {path}", file=sys.stderr)
+        said = failure or elsewhere
+        if self._saved_step != self._finished:
+            self._save(self._finished, f"{said}; ")
+        self._end_with(f"{said}; the run is saved in {self.output_dir / f'checkpoint-{self._finished}'}")
+
+    def _end_with(self, error: str) -> NoReturn:
+        tqdm.write(f"error: {error}", file=sys.stderr)  # not into the progress bar's line
         self.close()
         raise Stop(1)
 
@@ -353,16 +360,14 @@ class Run:
         if self.is_main and step % self.args.branch_image_steps == 0:
             shown = {f"branches/{name}": latents[which] for name, which in rows.items()}
             size = self.args.decode_batch_size
-            self._log_images(step, {name: sdxl.decode_latents(self._vae, x, size) for name, x in shown.items()})
-
-    def _log_images(self, step: int, images: Mapping[str, Tensor]) -> None:
-        tracking.log_images(self.accelerator, self.output_dir, images, step)
+            images = {name: sdxl.decode_latents(self._vae, x, size) for name, x in shown.items()}
+            self._log.write_images(step, images)
 
     def end_step(self, step: int, metrics: dict[str, float], unet: UNet2DConditionModel, ema: EMAModel | None) -> None:
         """Validate if it is time, log, save if it is time, and end the run if a signal asks for it.
 
         Raises:
-            Stop: with status 1 if the reward fails, with 128 + n by signal n.
+            Stop: with status 1 if the reward fails or the disk takes no more, with 128 + n by signal n.
         """
         self._finished = step
         failure = ""
@@ -370,12 +375,12 @@ class Run:
             try:
                 drawn, validated = self._validation.run(unet, ema, self._vae, self.plan.schedule, self._reward)
                 metrics.update(validated)
-                self._log_images(step, {"validation/images": drawn})
+                self._log.write_images(step, {"validation/images": drawn})
             except RewardError as error:
                 failure = f"validation at step {step}: {error}"
         self._log.write(step, metrics)
         self._last_metrics = metrics
-        self.stop_if(failure, "the reward failed on another process")
+        self.stop_if(failure or self._log.failure)
         number = self.any_rank(self._stop.number)
         if step % self.args.checkpointing_steps == 0 or number:
             self._save(step)
@@ -389,13 +394,21 @@ class Run:
         every = self.args.validation_steps, self.args.validation_epochs * self.plan.steps_per_epoch
         return bool(self._validation.prompts) and any(interval and step % interval == 0 for interval in every)
 
-    def _save(self, step: int) -> Path:
+    def _save(self, step: int, before: str = "") -> None:
+        """Save a checkpoint; if that cannot be done all ranks stop, and say what there is to say `before`.
+
+        Raises:
+            Stop: with status 1.
+        """
         public = flags.public(self.args, self.plan.groups)
         processes = self.plan.world_size
         state = {"run_id": self.run_id, "method": self.plan.method.name, "world_size": processes, "args": public}
-        return checkpoints.save_checkpoint(
-            self.accelerator, self.output_dir, step, state, self.args.checkpoints_total_limit
-        )
+        keep = self.args.checkpoints_total_limit
+        try:
+            checkpoints.save_checkpoint(self.accelerator, self.output_dir, step, state, keep)
+        except WriteError as error:
+            self._end_with(f"{before}{error}; {checkpoints.newest_whole(self.output_dir)}")
+        self._saved_step = step
 
     # -------------------------------------------------------------------------------------------------- ending
 
@@ -403,39 +416,41 @@ class Run:
         """Write the result and its model card into `--output_dir`, where stock diffusers loads it; end the run.
 
         Raises:
+            Stop: with status 1 if the result could not be written; the state after the last step is saved if it fits.
             UserError: it could not be pushed to the hub.
         """
         args = self.args
-        if self.is_main:
-            with averaged_weights(unet, ema):
-                self._write_result(unet)
-            saved, curve = "LoRA adapter" if args.use_lora else "pipeline", self.output_dir / "reward_curve.png"
-            if tracking.plot_rewards(self._log.path, curve):
-                saved += f" and {curve.name}"
-            print(f"saved the {saved} to {self.output_dir}", flush=True)
+        self.stop_if(attempt("the result", lambda: self._write_result(unet, ema)) if self.is_main else "")
         self.close()
         if self.is_main and args.push_to_hub:
             repository = args.hub_model_id or self.output_dir.name
             publishing.push_to_hub(self.output_dir, repository, args.hub_token, args.logging_dir)
 
-    def _write_result(self, unet: UNet2DConditionModel) -> None:
-        """What was trained, a whole pipeline or an adapter, written aside first."""
-        args, partial = self.args, self.output_dir / ".result.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        if args.use_lora:
-            sdxl.save_lora(unet, partial)
-        else:
-            vae = self._vae if args.pretrained_vae_model_name_or_path else None
-            publishing.save_pipeline(self.plan.source, unet, vae, args.prediction_type, partial)
+    def _write_result(self, unet: UNet2DConditionModel, ema: EMAModel | None) -> None:
+        """What was trained, a whole pipeline or an adapter, written aside first, and the curve of rewards."""
+        args = self.args
+        with publishing.result_aside(self.output_dir) as partial:
+            with averaged_weights(unet, ema):
+                if args.use_lora:
+                    sdxl.save_lora(unet, partial)
+                else:
+                    vae = self._vae if args.pretrained_vae_model_name_or_path else None
+                    publishing.save_pipeline(self.plan.source, unet, vae, args.prediction_type, partial)
+            self._model_card().save(partial / "README.md")
+        saved, curve = "LoRA adapter" if args.use_lora else "pipeline", self.output_dir / "reward_curve.png"
+        if tracking.plot_rewards(self._log.path, curve):
+            saved += f" and {curve.name}"
+        print(f"saved the {saved} to {self.output_dir}", flush=True)
+
+    def _model_card(self) -> ModelCard:
+        args = self.args
         method = self.plan.method
         facts = [f"{self._finished} optimizer steps with {method.linked()}", f"reward `{args.reward_model}`"]
-        card = publishing.model_card(
+        return publishing.model_card(
             args.hub_model_id or self.output_dir.name, args.pretrained_model_name_or_path,
             ", ".join([*facts, *self.plan.facts.values()]), method.tag, flags.public(args, self.plan.groups),
             self._last_metrics,
         )  # fmt: skip
-        card.save(partial / "README.md")
-        publishing.replace_result(partial, self.output_dir)
 
     def close(self) -> None:
         """Close the progress bar, end trackers and the process group; every rank must call it.
@@ -448,4 +463,6 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.plan.world_size > 1 and "gloo" in torch.distributed.get_backend():
             time.sleep(SECONDS_TO_RELEASE)
-        self.accelerator.end_training()
+        if failure := attempt("the trackers' files", self.accelerator.end_training):
+            logger.warning(failure)
+            self.accelerator.state.destroy_process_group()

@@ -1,8 +1,10 @@
 """What tests share: a random and a trained tiny SDXL, images, one cache, and ways to run a script or reuse a run."""
 
+import contextlib
 import hashlib
 import importlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -115,6 +117,22 @@ def tiny_blip_vqa(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_image_reward(tmp_path_factory):
     return tiny_rewards.write_image_reward(tmp_path_factory.mktemp("image_reward"))
+
+
+@pytest.fixture
+def file_limit():
+    """A context in which this process writes no file beyond some bytes: a full disk's errors, with EFBIG."""
+
+    @contextlib.contextmanager
+    def limit(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LRScheduler
 
 from sharpening.errors import UserError
+from sharpening.files import heed_umask
 from sharpening.running.validation import averaged_weights
+from sharpening.running.writing import WriteError, all_wrote, attempt
 from sharpening.sdxl import load_lora, save_lora
 
 logger = get_logger(__name__)
@@ -182,28 +185,54 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-<step>` aside, rename it into place, then delete all but the newest `keep`.
 
-    Every rank must call it. A kill at any moment leaves either the old or the new set of complete checkpoints.
+    Every rank must call it. A kill at any moment leaves either the old or the new set of complete checkpoints, and so
+    does a disk that takes no more.
+
+    Raises:
+        WriteError: on every rank, if one of them cannot write; what was half-written is gone.
     """
     final = output_dir / f"checkpoint-{step}"
     partial = final.with_name(f".{final.name}.partial")
-    replaced = final.with_name(f".{final.name}.replaced")
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def complete() -> None:
+        heed_umask(partial)
         (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2))
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _replace(final, partial)
         for old in complete_checkpoints(output_dir)[:-keep] if keep else []:
             # Out of sight first, so that a kill while deleting cannot leave something that looks complete.
             aside = old.with_name(f".{old.name}.deleted")
             old.rename(aside)
             shutil.rmtree(aside)
+
+    what, is_main = f"step {step}: the checkpoint", accelerator.is_main_process
+    try:
+        all_wrote(accelerator, attempt(what, begin) if is_main else "")
+        all_wrote(accelerator, attempt(what, lambda: accelerator.save_state(str(partial))))
+        all_wrote(accelerator, attempt(what, complete) if is_main else "")
+    except WriteError:
+        if is_main:
+            with suppress(OSError):
+                clean_up_checkpoints(output_dir)
+        raise
+    if is_main:
         logger.info(f"saved {final}")
-    accelerator.wait_for_everyone()
     return final
+
+
+def _replace(final: Path, partial: Path) -> None:
+    """Put a finished folder in place of one that may be there."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def newest_whole(output_dir: Path) -> str:
+    """What a run can be continued from, in words."""
+    found = complete_checkpoints(output_dir)
+    return f"{found[-1]} is whole" if found else "no checkpoint is whole yet, so that begins anew"

@@ -31,9 +31,7 @@ def make_accelerator(
             project_dir=str(output_dir), logging_dir=os.path.join(output_dir, logging_dir)
         ),
     )
-    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
-    for noisy in ("accelerate", "httpx", "httpx2", "openai", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    set_up_logging(accelerator.is_main_process)
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
@@ -44,28 +42,40 @@ def make_accelerator(
     return accelerator
 
 
+def set_up_logging(is_main: bool) -> None:
+    """The main process says what this project has to say and what libraries warn of, the others only errors."""
+    logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(message)s")
+    logging.getLogger("sharpening").setLevel(logging.INFO if is_main else logging.ERROR)
+    # It warns at import of a missing kernel for 4-bit layers, which nothing here has.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of frozen models and cached embeddings."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def memory_held(parameters: tuple[int, int], half: bool, adam_8bit: bool, ema: bool, reference: bool) -> str:
-    """An estimate of what is always resident in a process: the UNet's weights, gradients, the optimizer's states, the
-    average and a frozen copy as the reference. parameters: how many the UNet has, and how many of them train.
+    """An estimate of what is resident in a process: the UNet's weights and their copies in half precision, which
+    autocast keeps during a pass, gradients, the optimizer's states, the average and a frozen copy as the reference.
+    parameters: how many the UNet has, and how many of them train.
 
-    Activations of `--train_rows` rows, the other frozen models and the batch come on top; none grows with n or m.
+    The buckets in which several processes exchange gradients are views of the gradients and take nothing. What is left
+    out is said; none of it grows with n or m.
     """
     total, trained = parameters
     frozen_bytes = 2 if half else 4
     held = {
         "weights": (total - trained) * frozen_bytes + trained * 4,
+        "autocast": trained * 2 * half,
         "gradients": trained * 4,
         "Adam": trained * (2 if adam_8bit else 8),
         "EMA": trained * 4 * ema,
         "reference": total * frozen_bytes * reference,
     }
     parts = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
-    return f"{sum(held.values()) / 2**30:.2f} GiB per process ({parts}), without activations and other frozen models"
+    left_out = "activations, the VAE, the reward model, validation's images and what the GPU's driver takes"
+    return f"{sum(held.values()) / 2**30:.2f} GiB per process ({parts}), without {left_out}"
 
 
 def as_plan(lines: Mapping[str, str]) -> str:

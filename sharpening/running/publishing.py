@@ -1,7 +1,8 @@
 """The result of a run: the trained pipeline on disk, its model card, and the upload to the hub."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from sharpening.errors import UserError
-from sharpening.files import MODEL_MARKERS
+from sharpening.files import MODEL_MARKERS, heed_umask
 from sharpening.model_source import Source
 
 
@@ -28,7 +29,24 @@ def save_pipeline(
     pipeline.save_pretrained(folder)
 
 
-def replace_result(partial: Path, output_dir: Path) -> None:
+@contextmanager
+def result_aside(output_dir: Path) -> Iterator[Path]:
+    """A folder in which to write a result, which replaces the one in `output_dir` when the block ends well.
+
+    Raises:
+        OSError: it cannot be put into place; what was half-written is gone.
+    """
+    partial = output_dir / ".result.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        heed_umask(partial)
+        _replace_result(partial, output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_result(partial: Path, output_dir: Path) -> None:
     """Move the files of a finished result into place, the one that makes the folder what it is last."""
     for marker in MODEL_MARKERS:
         (output_dir / marker).unlink(missing_ok=True)
@@ -37,7 +55,6 @@ def replace_result(partial: Path, output_dir: Path) -> None:
         if target.is_dir():
             shutil.rmtree(target)
         path.rename(target)
-    partial.rmdir()
 
 
 def model_card(

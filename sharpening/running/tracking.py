@@ -3,7 +3,7 @@
 import json
 import math
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from sharpening.errors import UserError
+from sharpening.errors import NO_ROOM, UserError
 from sharpening.files import write_aside
 from sharpening.running.watch import Watch
+from sharpening.running.writing import attempt
 
 
 def start_trackers(accelerator: Accelerator, config: Mapping[str, Any], run_id: str, report_to: str) -> None:
@@ -33,16 +34,19 @@ def start_trackers(accelerator: Accelerator, config: Mapping[str, Any], run_id: 
     try:
         accelerator.init_trackers("diffusion-sharpening", config=config, init_kwargs={"wandb": options})
     except Exception as error:
+        remedy = "run `wandb login`, set WANDB_MODE=offline, or choose --report_to tensorboard"
+        if getattr(error, "errno", None) in NO_ROOM:
+            remedy = "free space on the disk of --output_dir"
         raise UserError(
-            f"--report_to {report_to}: the tracker did not start ({type(error).__name__}: {error}); run "
-            "`wandb login`, set WANDB_MODE=offline, or choose --report_to tensorboard"
+            f"--report_to {report_to}: the tracker did not start ({type(error).__name__}: {error}); {remedy}"
         ) from error
 
 
 class StepLog:
     """Everything that is said of an optimizer step: `metrics.jsonl`, trackers, progress bar, and `Watch`'s warnings.
 
-    For the main process; on others it writes nothing. The run goes from step `start` to step `end`.
+    For the main process; on others it writes nothing. The run goes from step `start` to step `end`. What cannot be
+    written raises nothing, because other ranks go on: `failure` says why, for all ranks to agree on.
     """
 
     def __init__(
@@ -51,7 +55,13 @@ class StepLog:
         self.accelerator, self.path, self.watch, self.parameters = accelerator, path, watch, parameters
         self.is_main = accelerator.is_main_process
         self.progress = tqdm(total=end, initial=start, desc="steps", disable=not self.is_main)
-        self.file = MetricsFile(path, start) if self.is_main else None
+        self.file, self.failure = MetricsFile(path), ""
+        if self.is_main:
+            self._try(path.name, lambda: self.file.begin(start))
+
+    def _try(self, what: str, work: Callable[[], object]) -> None:
+        failure = attempt(what, work)
+        self.failure = self.failure or failure
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log a finished step."""
@@ -59,11 +69,15 @@ class StepLog:
             return
         metrics["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
         self.watch.check(metrics, self.parameters)
-        self.file.append(step, metrics)
-        self.accelerator.log(metrics, step=step)
+        self._try(self.path.name, lambda: self.file.append(step, metrics))
+        self._try("the trackers' files", lambda: self.accelerator.log(metrics, step=step))
         self.progress.update()
         shown = {name: metrics[name] for name in ("loss", "reward/mean") if name in metrics}
         self.progress.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
+
+    def write_images(self, step: int, images: Mapping[str, Tensor]) -> None:
+        """Log images, name -> (B, 3, H, W) in [0, 1]; see `log_images`."""
+        self._try("images", lambda: log_images(self.accelerator, self.path.parent, images, step))
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -76,18 +90,25 @@ def peak_memory_gib(device: torch.device) -> float:
 class MetricsFile:
     """`metrics.jsonl`: one line per optimizer step, so that curves need no tracker.
 
-    A resumed run first drops the lines of steps that its checkpoint does not know.
+    A value that is not finite, which JSON does not have, is left out, as is one that a step does not have at all.
     """
 
-    def __init__(self, path: Path, start_step: int):
+    def __init__(self, path: Path):
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= start_step] if start_step else []
-        with write_aside(path) as aside:
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def begin(self, start_step: int) -> None:
+        """Drop the lines of steps that a resumed run's checkpoint does not know."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= start_step] if start_step else []
+        with write_aside(self.path) as aside:
+            aside.write_text("".join(map(_as_line, kept)))
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(_as_line({"step": step, **metrics}))
+
+
+def _as_line(metrics: Mapping[str, float]) -> str:
+    return json.dumps({name: value for name, value in metrics.items() if math.isfinite(value)}) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """Validation: draw the validation prompts with the current weights, score them, log both."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +18,28 @@ from sharpening.trajectory import Schedule, generate
 
 @contextmanager
 def averaged_weights(unet: UNet2DConditionModel, ema: EMAModel | None) -> Iterator[None]:
-    """The EMA weights inside, the training weights again outside, whatever happens."""
+    """The EMA weights inside, the training weights again outside, whatever happens; inside, they are in `ema`."""
     if ema is None:
         yield
         return
     parameters = sdxl.trainable_parameters(unet)
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    _exchange(parameters, ema.shadow_params)
     try:
         yield
     finally:
-        ema.restore(parameters)
+        _exchange(parameters, ema.shadow_params)
+
+
+@torch.no_grad()
+def _exchange(some: Iterable[Tensor], others: Iterable[Tensor]) -> None:
+    """Exchange the values of tensors, one pair at a time, so that no more than a copy of the largest is held.
+
+    The tensors stay where they are: an optimizer, a wrapper or a compiled forward may hold on to their memory.
+    """
+    for one, other in zip(some, others, strict=True):
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
 
 
 def read_validation_prompts(prompt: str | None, file: str | None) -> list[str]:

@@ -1,11 +1,25 @@
 """Real files, real `datasets`: every form of captioned images, and what is refused."""
 
+import shutil
+from pathlib import Path
+
 import datasets
 import pytest
 from PIL import Image
 
 from sharpening.errors import UserError
-from tests.support.captioned_files import KINDS, cache, dataset_of, image_folder, image_parquet, load, parquet, picture
+from tests.support.captioned_files import (
+    KINDS,
+    cache,
+    dataset_of,
+    encoded,
+    image_folder,
+    image_parquet,
+    load,
+    parquet,
+    picture,
+    texts,
+)
 
 pytestmark = pytest.mark.usefixtures("no_progress_bars")
 
@@ -142,3 +156,43 @@ def test_checking_captions_reads_no_image(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", opened)
     dataset = load(tmp_path, dataset_name=folder)
     assert isinstance(dataset[0]["image"]["bytes"], bytes)
+
+
+def zeroed(data, begin, length):
+    return data[:begin] + bytes(length) + data[begin + length :]
+
+
+CUTS = {
+    "cut": lambda data: data[:-200],
+    "half": lambda data: data[: len(data) // 2],
+    "zeroed": lambda data: zeroed(data, len(data) // 2, 20_000),
+    "lengths zeroed": lambda data: zeroed(data, data.index(b"caption 0caption 1") - 200, 100),
+    "text zeroed": lambda data: zeroed(data, data.index(b"caption 5caption 6"), 30),
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize(("damage", "file"), [*((damage, None) for damage in CUTS), ("half", "dataset_info.json")])
+def test_a_damaged_cache_of_datasets_names_its_folder(tmp_path, damage, file):
+    columns = {"image": [encoded(picture(n % 20)) for n in range(2000)], "text": texts(2000)}
+    options = {"dataset_name": str(parquet(tmp_path / "data", **columns))}
+    (cached,) = {entry["filename"] for entry in load(tmp_path, **options).cache_files}
+    folder = Path(cached).parent
+    path = folder / file if file else Path(cached)
+    path.write_bytes(CUTS[damage](path.read_bytes()))
+    why = {"lengths zeroed": "non-monotonic", "text zeroed": "zeros in the text"}.get(damage, "")
+    with pytest.raises(
+        UserError, match=f"^{folder}, where `datasets` keeps the data set, is damaged .*{why}.*; delete"
+    ):
+        load(tmp_path, **options)
+    shutil.rmtree(folder)
+    assert len(load(tmp_path, **options)) == 2000
+
+
+@pytest.mark.usefixtures("no_progress_bars")
+def test_a_cache_of_datasets_that_does_not_fit_is_named(tmp_path, file_limit):
+    columns = {"image": [encoded(picture(n % 20)) for n in range(2000)], "text": texts(2000)}
+    options = {"dataset_name": str(parquet(tmp_path / "data", **columns))}
+    with file_limit(2**15), pytest.raises(UserError, match=r"--cache_dir: `datasets` cannot write its cache.*free"):
+        load(tmp_path, **options)
+    assert len(load(tmp_path, **options)) == 2000

@@ -378,7 +378,7 @@ def test_grades_are_remembered_by_image_prompt_model_and_template(server, grader
     assert requests(grader(), images[:1].expand(4, -1, -1, -1), ["c"] * 4) == 1  # equal pairs are asked for once
 
 
-def test_cache_never_keeps_failures_and_survives_damage(server, grader, tmp_path):
+def test_cache_never_keeps_failures_and_survives_damage(server, grader, tmp_path, caplog):
     server.plan["bad"] = [Action(None, refusal="no")]
     server.default = Action(f"{KEY} is your key. {grades()}")
     grader("skip", api_key=KEY).get_reward(pictures(2), ["bad", "good"])
@@ -390,6 +390,8 @@ def test_cache_never_keeps_failures_and_survives_damage(server, grader, tmp_path
         before = len(server.requests)
         assert grader().get_reward(pictures(2)[1:], ["good"]).tolist() == pytest.approx([0.8])
         assert len(server.requests) == before + 1
+        assert f"the grades in {file} cannot be read" in caplog.text
+        caplog.clear()
 
 
 def test_key_that_looks_like_a_grade_does_not_spoil_the_cache(server, grader):
@@ -400,8 +402,9 @@ def test_key_that_looks_like_a_grade_does_not_spoil_the_cache(server, grader):
 
 def test_cache_that_cannot_be_written_costs_no_score(server, grader, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    assert grader(cache_dir=str(tmp_path / "file")).get_reward(pictures(1), ["a"]).tolist() == pytest.approx([0.8])
-    assert "--cache_dir: grades cannot be kept" in caplog.text
+    scores = grader(cache_dir=str(tmp_path / "file")).get_reward(pictures(2), ["a", "b"])
+    assert scores.tolist() == pytest.approx([0.8, 0.8])
+    assert caplog.text.count("--cache_dir: grades cannot be kept") == len(caplog.records) == 1
 
 
 def test_scale_of_a_template_maps_to_0_to_1(server, grader, tmp_path):

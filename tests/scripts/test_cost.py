@@ -147,6 +147,15 @@ def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_memory_held_counts_the_copies_of_autocast_and_says_what_it_leaves_out():
+    whole = launching.memory_held((2**30, 2**30), half=True, adam_8bit=False, ema=False, reference=True)
+    assert whole.startswith("20.00 GiB") and "weights 4.00 + autocast 2.00 + gradients 4.00 + Adam 8.00" in whole
+    assert "without activations, the VAE, the reward model" in whole
+    lora = launching.memory_held((2**30, 2**29), half=True, adam_8bit=False, ema=False, reference=False)
+    assert "weights 3.00 + autocast 1.00" in lora  # frozen weights are in half precision already
+    assert "autocast" not in launching.memory_held((2**30, 2**30), False, False, False, False)
+
+
 def test_dry_run_does_not_wait_for_the_models_code_to_be_imported(method, flags):
     code = (
         f"import sys, {Path(SCRIPTS[method]).stem} as script\n"

@@ -1,14 +1,22 @@
 """What a run of either script leaves: curves, images, the trained pipeline; and what it says when it fails."""
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.runs import metrics, same_files
+from sharpening.running import tracking, validation
+from tests.support.runs import ROOT, SCRIPTS, metrics, same_files
+from tiny_world.make_tiny_sdxl import make_pipeline
 
 STATE = (
     "unet/diffusion_pytorch_model.safetensors",
@@ -158,3 +166,76 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(train, flags, tmp
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     saved = load_file(tmp_path / "run" / "checkpoint-1" / STATE[0])
     assert all(value.isfinite().all() for value in saved.values())
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_whoever_may_read_the_settings_may_read_the_weights(use_lora, trained_once):
+    run = trained_once(use_lora=use_lora, use_ema=True, max_train_steps=1, checkpointing_steps=1, infer_steps=3)
+    (mode,) = {path.stat().st_mode for path in run.rglob("state.json")}
+    weights = list(run.rglob("*.safetensors"))
+    assert len(weights) > 2 and {path.stat().st_mode for path in weights} == {mode}
+
+
+def test_curves_without_a_value_are_still_json_and_drawn(tmp_path):
+    """With fp16 a scaler skips a step whose gradient is not finite; such a step has no `grad_norm`."""
+    path = tmp_path / "metrics.jsonl"
+    good = {"reward/mean": 1.0, "reward/spread": 0.5, "reward/best": 2.0, "reward/worst": 0.0}
+    path.write_text('{"step": 1, "reward/mean": 1.0, "grad_norm": NaN}\n')  # as an earlier version wrote it
+    file = tracking.MetricsFile(path)
+    file.begin(1)
+    file.append(2, {**good, "grad_norm": math.inf})
+    file.append(3, {**good, "grad_norm": 0.5})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert [line.get("grad_norm") for line in lines] == [None, None, 0.5]
+    assert lines == tracking.read_metrics(path) and lines[1] == {"step": 2, **good}
+    file.begin(0)
+    file.append(1, good)
+    assert tracking.plot_rewards(path, tmp_path / "curve.png")
+
+
+def test_average_is_in_the_weights_within_and_never_on_the_host(tmp_path):
+    unet = make_pipeline(seed=0).unet
+    trained = [parameter.detach().clone() for parameter in unet.parameters()]
+    ema = EMAModel(unet.parameters(), model_cls=type(unet), model_config=unet.config)
+    for average in ema.shadow_params:
+        average.fill_(7)
+    places = [parameter.data_ptr() for parameter in unet.parameters()]
+    with pytest.raises(KeyError), validation.averaged_weights(unet, ema):
+        assert all((parameter == 7).all() for parameter in unet.parameters())
+        assert ema.temp_stored_params is None  # what diffusers keeps on the CPU
+        raise KeyError
+    assert all(map(torch.equal, unet.parameters(), trained))
+    assert all((average == 7).all() for average in ema.shadow_params)
+    assert places == [parameter.data_ptr() for parameter in unet.parameters()]
+
+
+QUIET = """
+import logging, pathlib, runpy, sys
+from tests.support import tiny_rewards
+
+clip = tiny_rewards.write_clip(pathlib.Path(sys.argv[1]))[0]
+logging.root.handlers.clear()  # open_clip's first word makes one
+print("=== the run", file=sys.stderr, flush=True)
+sys.argv = [*sys.argv[2:], f"--clip_model={tiny_rewards.TINY}/{clip}"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["SFT"], indirect=True)
+def test_libraries_say_nothing_in_a_run(method, flags, tmp_path):
+    """open_clip speaks on the root logger, bitsandbytes of a kernel that nothing here needs."""
+    command = flags(reward_model="clip", use_8bit_adam=True, max_train_steps=1, checkpointing_steps=1)
+    result = subprocess.run(
+        [sys.executable, "-c", QUIET, str(tmp_path), str(ROOT / SCRIPTS[method]), *command], cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    bar = r"[a-zA-Z ]+: +\d+(%\|| examples)[^]]*]"
+    said = re.sub(bar, "\n", result.stderr.partition("=== the run")[2])
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    assert lines == ["[RANK 0] seed 0, starting after step 0", f"[RANK 0] saved {tmp_path}/run/checkpoint-1"]
