@@ -332,7 +332,7 @@ def test_memory_stays_bounded_while_hundreds_of_megabytes_pass(tmp_path):
     stored = sum(file.stat().st_size for file in tmp_path.rglob("*.arrow")) / 2**20
     shutil.rmtree(tmp_path)  # pytest would keep it for three runs
     assert stored > 500
-    assert max(usage) - before < 150
+    assert max(usage) - before < 200
 
 
 def test_workers_change_nothing(tmp_path):
