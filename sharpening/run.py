@@ -68,6 +68,12 @@ class Run:
         args = self.args
         self._checkpoint = checkpoints.prepare_output(self.accelerator, self.output_dir, args.resume_from_checkpoint)
         state = checkpoints.read_state(self._checkpoint)
+        steps = self.accelerator.gather(torch.tensor([state.get("step", -1)], device=self.device))
+        require(
+            bool((steps == steps[0]).all()),
+            f"--output_dir {self.output_dir} does not hold the same checkpoints for every process; give a folder that "
+            "all machines share",
+        )
         method = state.get("method", plan.method.name)
         require(
             method == plan.method.name,
@@ -370,14 +376,10 @@ class Run:
             Stop: with status 1 if the reward fails or the disk takes no more, with 128 + n by signal n.
         """
         self._finished = step
-        failure = ""
-        if self.is_main and self._validation_is_due(step):
-            try:
-                drawn, validated = self._validation.run(unet, ema, self._vae, self.plan.schedule, self._reward)
-                metrics.update(validated)
-                self._log.write_images(step, {"validation/images": drawn})
-            except RewardError as error:
-                failure = f"validation at step {step}: {error}"
+        if (scaler := self.accelerator.scaler) is not None:
+            skipped = float(self.accelerator.optimizer_step_was_skipped)
+            metrics |= {"scaler/scale": scaler.get_scale(), "scaler/skipped": skipped}
+        failure = self._validate(step, metrics, unet, ema) if self._validation_is_due(step) else ""
         self._log.write(step, metrics)
         self._last_metrics = metrics
         self.stop_if(failure or self._log.failure)
@@ -388,6 +390,22 @@ class Run:
             logger.info(f"interrupted after step {step}; continue with --resume_from_checkpoint latest")
             self.close()
             raise Stop(128 + number)
+
+    def _validate(self, step: int, metrics: dict[str, float], unet: UNet2DConditionModel, ema: EMAModel | None) -> str:
+        """Draw, judge and log the validation images, each rank its share; how it failed on this rank, if it did."""
+        failure = ""
+        try:
+            drawn = self._validation.draw(self.accelerator, unet, ema, self._vae, self.plan.schedule, self._reward)
+        except RewardError as error:
+            failure = f"validation at step {step}: {error}"
+        # Nothing is gathered unless every rank has its share.
+        if self.any_rank(bool(failure)):
+            return failure
+        images, validated = self._validation.gather(self.accelerator, drawn)
+        metrics.update(validated)
+        if self.is_main:
+            self._log.write_images(step, {"validation/images": images})
+        return failure
 
     def _validation_is_due(self, step: int) -> bool:
         """Whether step (from 1) ends a multiple of `--validation_steps` steps or of `--validation_epochs` epochs."""

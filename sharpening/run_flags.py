@@ -145,6 +145,21 @@ HARDWARE = (
     Flag("allow_tf32", "TF32 matrix products on Ampere and later GPUs", bool, False),
     Flag("enable_xformers_memory_efficient_attention", "needs a CUDA GPU", bool, False),
     Flag("enable_npu_flash_attention", "needs an Ascend NPU with torch_npu", bool, False),
+    Flag(
+        "initial_loss_scale",
+        "first loss scale of fp16, halved at each gradient that overflows; unset: 65536; a resumed run keeps its own",
+        float,
+        range="(0, inf)",
+        free=True,
+    ),
+    Flag(
+        "collective_timeout_minutes",
+        "with several processes: how long one waits for the others, such as while one caches data or saves",
+        float,
+        180.0,
+        "(0, inf)",
+        free=True,
+    ),
     Flag("local_rank", "set by older launchers; LOCAL_RANK wins", int, -1, free=True),
 )
 RUN = (
@@ -217,6 +232,7 @@ def check_run(args: argparse.Namespace) -> None:
     )
     _check_sources(args)
     _check_output(args)
+    _check_launcher()
     _check_hardware(args)
 
 
@@ -324,6 +340,27 @@ def _check_output(args: argparse.Namespace) -> None:
     )
 
 
+def _check_launcher() -> None:
+    """Refuse what accelerate would be told by its config to put around the model and the optimizer."""
+    for variable, refusal in (
+        (
+            "ACCELERATE_USE_DEEPSPEED",
+            "DeepSpeed is on in accelerate's config, but its engine would step the optimizer at every backward and "
+            "this script takes several a step; run `accelerate config` again without it, or launch with torchrun",
+        ),
+        (
+            "ACCELERATE_USE_FSDP",
+            "FSDP is on in accelerate's config, but this script does not train a model that accelerate has sharded; "
+            "run `accelerate config` again without it, or launch with torchrun",
+        ),
+    ):
+        require(not _is_on(variable), refusal)
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
+
+
 def _check_hardware(args: argparse.Namespace) -> None:
     if args.enable_npu_flash_attention:
         from importlib.util import find_spec
@@ -333,11 +370,15 @@ def _check_hardware(args: argparse.Namespace) -> None:
             "--enable_npu_flash_attention needs an Ascend NPU and the torch_npu package; leave the flag out",
         )
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    require(
+        args.initial_loss_scale is None or precision == "fp16",
+        "--initial_loss_scale has no effect without --mixed_precision=fp16; leave it out",
+    )
     if not (args.enable_xformers_memory_efficient_attention or precision == "fp16"):
         return
     import torch
 
-    gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+    gpu = torch.cuda.is_available() and not _is_on("ACCELERATE_USE_CPU")
     require(
         gpu or not args.enable_xformers_memory_efficient_attention,
         "--enable_xformers_memory_efficient_attention needs a CUDA GPU and none is used here; leave the flag out, "

@@ -3,21 +3,59 @@
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    ProjectConfiguration,
+)
 
 from sharpening.errors import UserError
 from sharpening.model_source import LORA_LAYERS, Source
 
+logger = logging.getLogger(__name__)
+
+
+def process_options(timeout_minutes: float, initial_loss_scale: float | None) -> list[KwargsHandler]:
+    """How processes work together and where fp16's loss scale begins, as `Accelerator` takes it.
+
+    timeout_minutes is how long a process waits for the others. Gradients live in the buckets that are exchanged, not
+    beside them: that is one copy of the trained parameters less.
+    """
+    options = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+    ]
+    return options if initial_loss_scale is None else [*options, GradScalerKwargs(init_scale=initial_loss_scale)]
+
+
+def warn_of_accumulation(steps: int) -> None:
+    """Say so if accelerate was told another number of micro-batches than `--gradient_accumulation_steps`."""
+    told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(steps))
+    if told != str(steps):
+        logger.warning(
+            f"accelerate's own gradient_accumulation_steps={told} is ignored: --gradient_accumulation_steps={steps} "
+            "is what counts"
+        )
+
 
 def make_accelerator(
-    output_dir: Path, logging_dir: str, mixed_precision: str | None, report_to: str, allow_tf32: bool
+    output_dir: Path,
+    logging_dir: str,
+    mixed_precision: str | None,
+    report_to: str,
+    allow_tf32: bool,
+    options: Sequence[KwargsHandler] = (),
 ) -> Accelerator:
-    """The accelerator, with logging set up.
+    """The accelerator, with logging set up; options as of `process_options`.
 
     Raises:
         UserError: the launcher started several processes that do not form a group.
@@ -26,6 +64,9 @@ def make_accelerator(
         # Without a device and without being told, accelerate would let every process believe that it is alone.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
+        # The scripts divide the loss by their own number; accelerate would by that of its config, once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=list(options),
         log_with=None if report_to == "none" else report_to,
         project_config=ProjectConfiguration(
             project_dir=str(output_dir), logging_dir=os.path.join(output_dir, logging_dir)

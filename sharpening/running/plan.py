@@ -58,10 +58,12 @@ class Plan:
         sys.argv[:] = flags.redact(sys.argv, groups)  # trackers record it
         self.output_dir = Path(args.output_dir)
         self.accelerator = launching.make_accelerator(
-            self.output_dir, args.logging_dir, args.mixed_precision, args.report_to, args.allow_tf32
-        )
+            self.output_dir, args.logging_dir, args.mixed_precision, args.report_to, args.allow_tf32,
+            launching.process_options(args.collective_timeout_minutes, args.initial_loss_scale),
+        )  # fmt: skip
         self.device, self.world_size = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        launching.warn_of_accumulation(args.gradient_accumulation_steps)
         self.weight_dtype = launching.weight_dtype(self.accelerator)
         self.source = Source(
             "pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision, args.variant,

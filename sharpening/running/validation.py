@@ -1,4 +1,4 @@
-"""Validation: draw the validation prompts with the current weights, score them, log both."""
+"""Validation: draw the validation prompts with the current weights and score them, each rank its share."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sharpening import sdxl
+from sharpening.draws import draw_generator
 from sharpening.rewards.calling import Reward
 from sharpening.trajectory import Schedule, generate
 
@@ -79,40 +81,78 @@ class Validation:
         self.prompts = [prompt for prompt in prompts for _ in range(drawing.images_per_prompt)]
         self.embeddings = {prompt: encoders.encode([prompt]) for prompt in dict.fromkeys(prompts)}
 
+    @property
+    def slices(self) -> list[range]:
+        """The images of each forward. A rank draws whole slices, so that no image depends on the number of ranks."""
+        indices, size = range(len(self.prompts)), self.drawing.batch_size
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
+
     @torch.no_grad()
-    def run(
+    def draw(
         self,
+        accelerator: Accelerator,
         unet: UNet2DConditionModel,
         ema: EMAModel | None,
         vae: AutoencoderKL,
         schedule: Schedule,
         reward: Reward,
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Images (V, 3, H, W) in [0, 1] of all prompts, and the mean reward with its standard error of those scored.
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Images (b, 3, H, W) uint8 on the CPU and scores (b,) float32 of each slice of this rank: slice i is of rank
+        i modulo their number. A score is NaN where the reward failed and was told to skip.
 
         Raises:
             RewardError: an image could not be scored.
         """
-        drawing, images, rewards = self.drawing, [], []
-        noise_source = torch.Generator().manual_seed(drawing.seed)
+        drawing, drawn = self.drawing, []
         shape = sdxl.latent_shape(vae, drawing.resolution)
+        own = self.slices[accelerator.process_index :: accelerator.num_processes]
         unet.eval()
-        with averaged_weights(unet, ema):
-            starts = range(0, len(self.prompts), drawing.batch_size)
-            for start in tqdm(starts, desc="validation", leave=False):
-                prompts = self.prompts[start : start + drawing.batch_size]
+        with averaged_weights(unet, ema), accelerator.autocast():  # one, so that the weights are converted once
+            for indices in tqdm(own, desc="validation", leave=False, disable=not accelerator.is_main_process):
+                prompts = [self.prompts[index] for index in indices]
                 embeds, pooled = (torch.cat(part) for part in zip(*map(self.embeddings.get, prompts), strict=True))
                 time_ids = sdxl.default_time_ids(len(prompts), drawing.resolution, embeds.device)
                 condition = sdxl.Condition(embeds.float(), pooled.float(), time_ids)
                 model = sdxl.branch_model(unet, condition, self.unconditional, drawing.guidance_scale)
-                noise = torch.randn(len(prompts), *shape, generator=noise_source)
-                latents = generate(model, schedule, noise.to(embeds.device))
-                images.append(sdxl.decode_latents(vae, latents, drawing.decode_batch_size).cpu())
-                rewards.append(reward.get_reward(images[-1], prompts))
+                noise = [torch.randn(shape, generator=self._generator(index)) for index in indices]
+                latents = generate(model, schedule, torch.stack(noise).to(embeds.device))
+                images = sdxl.decode_latents(vae, latents, drawing.decode_batch_size).cpu()
+                drawn.append(((images * 255).round().to(torch.uint8), reward.get_reward(images, prompts)))
         unet.train()
-        scores = torch.cat(rewards)
-        scores = scores[~scores.isnan()]  # none has one only with --reward_failure=skip
-        metrics = {"validation/reward": float(scores.mean())} if len(scores) else {}
-        if len(scores) > 1:
-            metrics["validation/reward_standard_error"] = float(scores.std() / len(scores) ** 0.5)
-        return torch.cat(images), metrics
+        return drawn
+
+    def _generator(self, index: int) -> torch.Generator:
+        """Of the noise of an image, whoever draws it."""
+        return draw_generator(self.drawing.seed, index, "validation")
+
+    def gather(
+        self, accelerator: Accelerator, drawn: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The images of all ranks in order, (V, 3, H, W) in [0, 1] on the CPU of the main one and none on others, and
+        the mean reward with its standard error of those scored; every rank must call it.
+
+        drawn is what `draw` returned. One slice of each rank is exchanged at a time: the device holds no more.
+        """
+        ranks, size = accelerator.num_processes, len(self.slices[0])
+        images, scores = [], []
+        for first in range(0, len(self.slices), ranks):
+            pixels = torch.zeros(size, 3, self.drawing.resolution, self.drawing.resolution, dtype=torch.uint8)
+            rewards = torch.zeros(size)
+            if first // ranks < len(drawn):
+                own_images, own_scores = drawn[first // ranks]
+                pixels[: len(own_images)], rewards[: len(own_scores)] = own_images, own_scores
+            both = (accelerator.gather(part.to(accelerator.device)).cpu().split(size) for part in (pixels, rewards))
+            for indices, some_images, some_scores in zip(self.slices[first : first + ranks], *both, strict=False):
+                scores.append(some_scores[: len(indices)])
+                if accelerator.is_main_process:
+                    images.append(some_images[: len(indices)])
+        return torch.cat(images) / 255 if images else torch.empty(0), _metrics(torch.cat(scores))
+
+
+def _metrics(scores: Tensor) -> dict[str, float]:
+    """The mean of scores (V,) with its standard error, without those that are NaN."""
+    scores = scores[~scores.isnan()]
+    metrics = {"validation/reward": float(scores.mean())} if len(scores) else {}
+    if len(scores) > 1:
+        metrics["validation/reward_standard_error"] = float(scores.std() / len(scores) ** 0.5)
+    return metrics
