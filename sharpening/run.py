@@ -286,10 +286,13 @@ class Run:
             yield
 
     def any_rank(self, value: int) -> int:
-        """The largest `value` over all ranks, so that every rank takes the same turn."""
+        """The largest `value` over all ranks, so that every rank takes the same turn; asked of the hosts, which need
+        not wait for their devices."""
         if self.plan.world_size == 1:
             return value
-        return int(self.accelerator.gather(torch.tensor([value], device=self.device)).max())
+        largest = torch.tensor([value])
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.plan.hosts)
+        return int(largest)
 
     @contextmanager
     def together(self, step: int, generated: Tensor | None = None) -> Iterator[None]:
@@ -479,7 +482,7 @@ class Run:
         """
         self._log.progress.close()
         self.accelerator.wait_for_everyone()
-        if self.plan.world_size > 1 and "gloo" in torch.distributed.get_backend():
+        if self.plan.world_size > 1:
             time.sleep(SECONDS_TO_RELEASE)
         if failure := attempt("the trackers' files", self.accelerator.end_training):
             logger.warning(failure)

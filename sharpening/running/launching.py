@@ -37,6 +37,13 @@ def process_options(timeout_minutes: float, initial_loss_scale: float | None) ->
     return options if initial_loss_scale is None else [*options, GradScalerKwargs(init_scale=initial_loss_scale)]
 
 
+def group_of_hosts(timeout_minutes: float) -> torch.distributed.ProcessGroup | None:
+    """The group in which several processes exchange what lies on the host: of gloo, where the default one is not."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_backend() == "gloo":
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
 def warn_of_accumulation(steps: int) -> None:
     """Say so if accelerate was told another number of micro-batches than `--gradient_accumulation_steps`."""
     told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(steps))

@@ -41,6 +41,7 @@ class Plan:
         method: what is done.
         output_dir: of the run.
         accelerator, device, world_size, is_main: of this process.
+        hosts: the group in which processes exchange what lies on the host; None: the default one.
         weight_dtype: of frozen models and cached embeddings.
         source: of the pipeline that is trained.
         schedule: of its noise.
@@ -63,6 +64,7 @@ class Plan:
         )  # fmt: skip
         self.device, self.world_size = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        self.hosts = launching.group_of_hosts(args.collective_timeout_minutes)
         launching.warn_of_accumulation(args.gradient_accumulation_steps)
         self.weight_dtype = launching.weight_dtype(self.accelerator)
         self.source = Source(
