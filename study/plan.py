@@ -217,9 +217,9 @@ class Planner:
     def rates(self, table_1: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
         """The methods of table 1 at a third and at three times their learning rate, first seed only."""
         rates = {}
-        for label, (first, *_) in table_1.items():
-            if first.script == SFT:  # settings on given images have a comparison of their own
-                continue
+        # Settings on given images have a comparison of their own.
+        rated = [(label, first) for label, (first, *_) in table_1.items() if first.script != SFT]
+        for label, first in rated[: self.size.rated]:
             flags = {name: value for name, value in first.flags.items() if name not in FROM_UPDATES}
             rate = flags.pop("learning_rate")
             rates[label] = [

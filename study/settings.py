@@ -58,11 +58,12 @@ class Size:
     reference_sets: int = 10
     batch: int = 24
     validation_images: int = 36
+    rated: int | None = None  # how many methods of table 1 run at other learning rates; None: all
 
 
 QUICK = Size(
     compute=800, updates=3, preference_updates=2, images=18, search_images=9, data=60, seeds=(0,),
-    learning_rates=(5e-4,), sweep=(1, 2), search=(2,), reference_sets=1, batch=4, validation_images=4,
+    learning_rates=(5e-4,), sweep=(1, 2), search=(2,), reference_sets=1, batch=4, validation_images=4, rated=1,
 )  # fmt: skip
 
 
