@@ -131,7 +131,7 @@ class Reward:
             rows = total.isinf().nonzero().flatten().tolist()
             raise RewardError(names, "has a weighted sum beyond float32", rows, [prompts[row] for row in rows])
         for rows, finite in whole:
-            broken = [row for row, good in zip(rows, finite.tolist(), strict=True) if not good]
+            broken = [row for row, good in zip(rows, finite.cpu().tolist(), strict=True) if not good]
             if broken:
                 problem = f"was given {len(broken)} of {len(rows)} images with NaN or infinite pixels"
                 self._fail(RewardError(names, problem, broken, [prompts[row] for row in broken]))
