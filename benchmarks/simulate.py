@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -67,7 +69,7 @@ SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = 0.6, 0.8  # what large operators attain
 
 STAND_INS = (
     "tensors on the GPU have no values; what is read from it is made up, masks on it are taken as all True",
-    "models are made from their configs, without weights; the text encoders have two layers and encode before the loop",
+    "models are made from their configs, without weights; text encoders of two layers encode before the loop",
     "CUDA's autocast is torch's own; the attention kernel is chosen here: flash in 16 bits, else memory-efficient",
     "the reward is the mean brightness; its scores are random",
     "a launch is an operator that is no view, however many kernels it starts; a fused or foreach operator is one",
@@ -188,7 +190,8 @@ def simulate(setting: Setting, *more: str) -> SimulatedGPU:
         folder = Path(name)
         write_configs(setting.model, folder / "model")
         write_data(folder / "data", setting.resolution)
-        args = setting.script.parse_args([*setting.command(folder, STEPS + 1), *more])
+        with patch.object(torch.cuda, "is_available", lambda: True):  # a flag may need a GPU
+            args = setting.script.parse_args([*setting.command(folder, STEPS + 1), *more])
         with patch.object(Source, "load", _load), _phases(gpu):
             try:
                 with gpu:
@@ -313,6 +316,9 @@ def main(argv: list[str]) -> int:
     """Simulate, print, write; returns the exit status."""
     args = parse(__doc__.splitlines()[0], {"script": STEP_FLAGS, "method": METHOD_FLAGS}, argv)
     flags = vars(args)
+    # Said of every model that is made, and of a GPU that is missing.
+    diffusers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "'pin_memory'")
     settings = {name: str(value) for name, value in flags.items()}
     if args.fit:
         print(f"| | held | peak | in | {' | '.join(f'{card} GB' for card in CARDS_GIB)} |", flush=True)

@@ -1,8 +1,8 @@
 """A GPU that is not there: its tensors have shapes and no values, and what it is asked to do is counted.
 
-Within `SimulatedGPU` the device "cuda" exists for Python code. Tensors on it are fake (torch's FakeTensorMode), those on
-the host are real. What is read back from the device is made up: random numbers in [0, 1), True, 0. CUDA's autocast is
-torch's own. Stood in for: the choice of an attention kernel (flash in low precision, else memory-efficient), which asks
+Within `SimulatedGPU` the device "cuda" exists for Python code. Tensors on it are fake (torch's FakeTensorMode), those
+on the host are real. What is read back from the device is made up: random numbers in [0, 1), True, 0. CUDA's autocast
+is torch's own. Stood in for: the choice of an attention kernel (flash in 16 bits, else memory-efficient), which asks
 the GPU, and masks on the device, which are taken as all True.
 """
 
@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils import _foreach_utils
+from torch.utils._foreach_utils import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -218,7 +218,8 @@ class SimulatedGPU(TorchDispatchMode):
             device = torch.device(kwargs.get("device") or source.device)
             dtype = kwargs.get("dtype") or source.dtype
         crosses, converts = device.type != source.device.type, dtype != source.dtype
-        if into is None and not crosses and not converts and kwargs.get("memory_format") in (None, torch.preserve_format):
+        reordered = kwargs.get("memory_format") not in (None, torch.preserve_format)
+        if into is None and not (crosses or converts or reordered):
             with self._fake:
                 return aten.alias.default(source)
         if crosses and device.type == "cpu":
@@ -361,16 +362,19 @@ def _swap(tensor: Tensor, other: Tensor) -> None:
 
 
 @contextmanager
-def _host_tensors_first(fake: FakeTensorMode) -> Iterator[None]:
-    """`torch.tensor` makes its tensor on the host and moves it by an operator that a mode sees."""
+def _settings(fake: FakeTensorMode) -> Iterator[None]:
+    """PyTorch's own: `torch.tensor` makes its tensor on the host and moves it by an operator that a mode sees, and
+    foreach operators take fake tensors."""
     with fake:  # sets the guard of CUDA devices to one that needs none
         pass
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
+    _foreach_supported_types.append(FakeTensor)
     try:
         yield
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
+        _foreach_supported_types.remove(FakeTensor)
 
 
 def _pretences(fake: FakeTensorMode) -> list[Any]:
@@ -378,16 +382,14 @@ def _pretences(fake: FakeTensorMode) -> list[Any]:
     true: Callable[..., bool] = lambda *args, **kwargs: True  # noqa: E731
     nothing: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
     return [
-        _host_tensors_first(fake),
+        _settings(fake),
         patch.dict(os.environ, {"ACCELERATE_TORCH_DEVICE": str(DEVICE)}),
         patch.object(torch.cuda, "_lazy_init", nothing),
         patch.object(torch.cuda, "synchronize", nothing),
         patch.object(torch.cuda, "is_bf16_supported", true),
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(torch.utils, "swap_tensors", _swap),
+        # By one copy, as a real tensor has it; a fake one would ask number by number.
+        patch.object(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),
         patch.object(functional, "scaled_dot_product_attention", _attend),
-        patch.object(_foreach_utils, "_foreach_supported_types", [*_foreach_utils._foreach_supported_types, FakeTensor]),
-        patch.object(
-            _foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [DEVICE.type, UNSEEN.type]
-        ),
-    ]  # fmt: skip
+    ]
