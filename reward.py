@@ -108,6 +108,11 @@ REWARD_FLAGS: tuple[Flag, ...] = (
         default="raise",
         choices=("raise", "skip"),
     ),
+    Flag(
+        "reward_dtype",
+        "dtype of reward models, which are smaller and faster in half precision and less exact; unset: float32",
+        choices=("float32", "bfloat16", "float16"),
+    ),
     *ENTRY_FLAGS,
 )
 
@@ -141,7 +146,8 @@ def check_reward_flags(values: Mapping[str, Any]) -> None:
 def reward_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Flags by name, `REWARD_FLAGS` and `cache_dir` among them, as `load_reward` takes them."""
     named = {flag.name: values[flag.name] for flag in ENTRY_FLAGS}
-    return {**named, "failure": values["reward_failure"], "cache_dir": values["cache_dir"]}
+    general = {"failure": values["reward_failure"], "dtype": values["reward_dtype"], "cache_dir": values["cache_dir"]}
+    return named | general
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -152,7 +158,7 @@ def reward_options(values: Mapping[str, Any]) -> dict[str, Any]:
 def load_reward(
     spec: str,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     failure: str = "raise",
     processes: int = 1,
@@ -163,7 +169,8 @@ def load_reward(
     Args:
         spec: see the module's docstring.
         device: where models of the rewards run.
-        dtype: of those models on a GPU; None is float32. On the CPU it is always float32.
+        dtype: of those models, or its name, such as "bfloat16" (`--reward_dtype`); None is float32. Rewards without a
+            model on this machine ignore it, and images and scores are float32 in any case.
         failure: `--reward_failure`: "raise", or "skip" to score images that cannot be scored NaN.
         processes: how many of a run share `--mllm_max_calls`.
         flags: `cache_dir`, `base_url`, `api_key`, and the flags that begin with the name of an entry, such as
@@ -173,6 +180,8 @@ def load_reward(
         UserError: naming the flag, if the spec is wrong or a reward cannot be imported, constructed or loaded.
         TypeError: a flag is of no entry.
     """
+    import torch
+
     from sharpening.rewards.calling import Reward
 
     for flag in flags:
@@ -180,7 +189,7 @@ def load_reward(
             raise TypeError(f"load_reward() got {flag}, which no reward takes")
     options = {flag.name: flag.default for flag in ENTRY_FLAGS}
     options |= {flag: value for flag, value in flags.items() if value is not None}
-    options |= {"device": device, "dtype": dtype}
+    options |= {"device": device, "dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
     components = parse_reward_spec(spec)
     graders = sum(component.target == "mllm" for component in components)
     for sharing, number in (("processes", processes), ("graders", graders)):

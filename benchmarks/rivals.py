@@ -99,10 +99,12 @@ class Rivals:
             return naive.forward(self.unet, self._noise(1), self._timestep(), self._condition(1))
 
     def _update(self, loss: Tensor) -> None:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        try:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+        finally:  # a backward that ran out of memory leaves gradients to the other rivals
+            self.optimizer.zero_grad()
 
     def _condition(self, rows: int) -> sdxl.Condition:
         return random_condition(self.unet, rows, self.setting.resolution)

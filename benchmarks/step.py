@@ -10,10 +10,14 @@ branch must cost is done once: a forward without gradient, a decode and a reward
 
 Every branch has all of its m steps. The first step warms up, in the second FLOPs and operators are counted, in the
 third memory: what a step adds to what is held before it, on a GPU by the allocator, on a CPU by counting tensors.
+
+The literal reading is left out on a GPU unless asked for (`--naive`): with full SDXL its graph needs 82 to 200 GiB. A
+rival that runs out of memory is reported and has no figures; the script and the other rivals go on.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -31,7 +35,7 @@ from benchmarks.models import SIZES, write_pipeline
 from benchmarks.reporting import describe_machine, spread
 from benchmarks.rivals import Rivals
 from benchmarks.script import CLOCK, SCRIPTS, Setting, clocked, each_step, write_data
-from sharpening.errors import exit_status
+from sharpening.errors import exit_status, first_line
 from sharpening.flags import Flag, parse
 
 RIVALS = ("naive", "plain", "branch_step")
@@ -55,6 +59,7 @@ METHOD_FLAGS = (
     Flag("num_noisy_latents", "n, branches per prompt", int, 3, "[1, inf)"),
     Flag("trajectory_nums", "m, steps of each branch", int, 3, "[1, inf)"),
     Flag("latents_per_prompt", "of the RLHF script", default="n", choices=("1", "n")),
+    Flag("naive", "measure the literal reading too; unset: on a CPU, and not on a GPU", bool),
     Flag("output", "write every figure here as JSON", Path),
 )
 
@@ -63,15 +68,15 @@ class Measurement:
     """Figures of the script's steps and, after each of them, of the rivals' beside it.
 
     Attributes:
-        result: "seconds" (name -> by round), "phases" of the script (by round), and "flops", "operators" and
-            "peak_bytes" of one step (by name).
+        result: "seconds" (name -> by round), "phases" of the script (by round), "flops", "operators" and "peak_bytes"
+            of one step (by name), and "out_of_memory" (name -> the error): such a rival has no other figures.
     """
 
     def __init__(self, beside: dict[str, Callable[[], object]]) -> None:
-        self.beside = beside
+        self.beside = dict(beside)
         names = {name: [] for name in ("script", *beside)}
         self.result: dict[str, Any] = {
-            "seconds": names, "phases": [], "flops": {}, "operators": {}, "peak_bytes": {},
+            "seconds": names, "phases": [], "flops": {}, "operators": {}, "peak_bytes": {}, "out_of_memory": {},
         }  # fmt: skip
 
     @contextmanager
@@ -79,9 +84,26 @@ class Measurement:
         """Around the script's step number `index`, from 0: measures it, and then the rivals in the same way."""
         with self._measured(index, "script"):
             yield
-        for name, work in self.beside.items():
-            with self._measured(index, name):
-                work()
+        for name, work in list(self.beside.items()):
+            problem = None
+            try:
+                with self._measured(index, name):
+                    work()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = first_line(error)
+            if problem:  # outside of `except`, where the error keeps the rival's tensors alive
+                self._leave_out(name, problem)
+
+    def _leave_out(self, name: str, problem: str) -> None:
+        """Go on without a rival, and without the figures that it has so far."""
+        del self.beside[name]
+        for figure in ("seconds", "flops", "operators", "peak_bytes"):
+            self.result[figure].pop(name, None)
+        self.result["out_of_memory"][name] = problem
+        gc.collect()
+        torch.cuda.empty_cache()
 
     @contextmanager
     def _measured(self, index: int, name: str) -> Iterator[None]:
@@ -103,6 +125,17 @@ class Measurement:
                 self.result["seconds"][name].append(sum(phases.values()))
                 if name == "script":
                     self.result["phases"].append(phases)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU (`torch.OutOfMemoryError`), PyTorch on a CPU (a RuntimeError) or Python had no memory to give."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def rivals_for(naive: bool | None, gpu: bool) -> tuple[str, ...]:
+    """The rivals that `--naive` asks for; unset, the literal reading is measured where there is no GPU."""
+    measured = not gpu if naive is None else naive
+    return RIVALS if measured else tuple(name for name in RIVALS if name != "naive")
 
 
 def measure(setting: Setting, folder: Path, beside: Sequence[str] = RIVALS) -> dict[str, Any]:
@@ -155,7 +188,8 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"      score  {rate / 1e12:.3f} TFLOP/s, {share:.0%} of the matrix product's")
     lines.append("     phases  " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in spent.items()))
     lines.append("  operators  " + ", ".join(f"{name} {count}" for name, count in result["operators"].items()))
-    for rival in ("naive", "plain"):
+    lines += [f"{name:>11}  ran out of memory: {error}" for name, error in result["out_of_memory"].items()]
+    for rival in [name for name in ("naive", "plain") if name in result["seconds"]]:
         memory = result["peak_bytes"]["script"] / result["peak_bytes"][rival]
         lines.append(f"  against {rival}: {ratio(result, rival)} of its time, {memory:.2f}x of its peak")
     return "\n".join(lines)
@@ -166,7 +200,7 @@ def main(argv: list[str]) -> int:
     args = parse(__doc__.splitlines()[0], {"script": STEP_FLAGS, "method": METHOD_FLAGS}, argv)
     setting = Setting.of(vars(args))
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(setting, Path(folder))
+        result = measure(setting, Path(folder), rivals_for(args.naive, torch.accelerator.is_available()))
     print(f"{describe_machine()}; {' '.join(argv)}")
     print(report(result))
     if args.output:

@@ -131,7 +131,7 @@ class Run:
         unet = sdxl.load_unet(self.plan.source, self.device, self.plan.weight_dtype, lora)
         if args.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        sdxl.switch_attention(unet, self._attention)
+        sdxl.switch_attention(unet, self._attention, self.plan.weight_dtype)
         return unet
 
     def load_reference(self, unet: UNet2DConditionModel) -> Reference:
@@ -139,7 +139,7 @@ class Run:
         if self.args.use_lora:
             return Reference(unet, None)
         frozen = sdxl.load_frozen_unet(self.plan.source, self.device, self.plan.weight_dtype)
-        sdxl.switch_attention(frozen, self._attention)
+        sdxl.switch_attention(frozen, self._attention, self.plan.weight_dtype)
         return Reference(unet, frozen)
 
     @property

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -157,8 +158,11 @@ def load_frozen_unet(source: Source, device: torch.device, dtype: torch.dtype) -
     return unet.to(device)
 
 
-def switch_attention(unet: UNet2DConditionModel, methods: Sequence[str]) -> None:
+def switch_attention(unet: UNet2DConditionModel, methods: Sequence[str], dtype: torch.dtype) -> None:
     """Switch on attention implementations of diffusers by the names of their methods, which are those of the flags.
+
+    Each is tried at once, forward and backward, with activations in `dtype`: whether there is a kernel for this card,
+    this dtype and this size of head shows only when one is asked for.
 
     Raises:
         UserError: one cannot run here.
@@ -166,11 +170,21 @@ def switch_attention(unet: UNet2DConditionModel, methods: Sequence[str]) -> None
     for method in methods:
         try:
             getattr(unet, method)()
+            _try_attention(unet, dtype)
         except Exception as error:
             raise UserError(
-                f"--{method} does not work here ({type(error).__name__}: {error}); leave the flag out, "
+                f"--{method} does not work here ({first_line(error)}); switch it off with --no-{method}, "
                 "PyTorch's own attention is used then"
             ) from error
+
+
+def _try_attention(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    """Raise what the UNet's first attention raises for 8 tokens; leaves no gradient and draws no random number."""
+    attention = next(module for module in unet.modules() if isinstance(module, Attention))
+    states = torch.zeros(1, 8, attention.to_q.in_features, device=unet.device, requires_grad=True)
+    with torch.autocast(unet.device.type, dtype, enabled=dtype != torch.float32):
+        output = attention(states)
+    torch.autograd.grad(output.float().sum(), states)
 
 
 def lora_config(rank: int, alpha: float | None) -> LoraConfig:

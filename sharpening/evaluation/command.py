@@ -122,7 +122,7 @@ def write(
     for name, path, search in options.models:
         folder, cost = drawn[name]
         models[name] = {"path": path, "search": search, "images": str(folder.resolve()), **cost._asdict()}
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings = {name: getattr(options, name) for name in SETTINGS} | {"reward_dtype": options.reward_options["dtype"]}
     report.write_files(options.output_dir, settings, models, results, scores, prompts)
     first = range(min(options.grid_images, options.num_images))
     shown = {name: drawing.read_images(folder, prompts, first) for name, (folder, _) in drawn.items()}

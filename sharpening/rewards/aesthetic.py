@@ -23,9 +23,9 @@ class AestheticReward:
 
     Args:
         model: the published `sac+logos+ava1-l14-linearMSE.pth`: path, folder, or hub id (`aesthetic:MODEL` in the
-            spec).
+            spec). Its few layers are always float32.
         clip: the CLIP it was trained on (`--aesthetic_clip`), named as `--clip_model` names it.
-        device, dtype, cache_dir: as for CLIPScoreReward.
+        device, dtype, cache_dir: as for CLIPScoreReward; dtype is of the CLIP.
 
     Raises:
         UserError: naming the flag, if the checkpoint or CLIP cannot be had or do not fit.

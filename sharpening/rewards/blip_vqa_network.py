@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sharpening.errors import UserError, first_line
 from sharpening.rewards.noun_phrases import noun_phrases
-from sharpening.rewards.preprocessing import device_dtype, in_slices, preprocess
+from sharpening.rewards.preprocessing import in_slices, preprocess
 
 # Those of the benchmark. transformers' conversion of BLIP's weights is made for 384 px, so its position embeddings are
 # interpolated to 480, from which they once were to 384.
@@ -42,7 +42,7 @@ class BLIPVQAScorer:
         flag: what the user wrote, for error messages.
         model: hub id or folder of the model and its processor.
         device: where it runs.
-        dtype: of weights and activations on a GPU; on the CPU it is always float32.
+        dtype: of weights and activations; None is float32.
         cache_dir: where downloads are kept.
 
     Raises:
@@ -55,7 +55,7 @@ class BLIPVQAScorer:
         model = _checked(flag, model)
         from transformers import BlipConfig, BlipForQuestionAnswering, BlipProcessor
 
-        self.device, self.dtype = torch.device(device), device_dtype(device, dtype)
+        self.device, self.dtype = torch.device(device), dtype or torch.float32
         try:
             self.decoder_start = BlipConfig.from_pretrained(model, cache_dir=cache_dir).text_config.bos_token_id
             processor = BlipProcessor.from_pretrained(model, cache_dir=cache_dir)

@@ -40,8 +40,8 @@ class CLIPScoreReward:
             - `hf-hub:organization/name` or `local-dir:path/to/folder`: a repository or folder that open_clip
               can read (`open_clip_config.json` beside the weights).
         device: where the model runs.
-        dtype: of the weights and activations on a GPU; on the CPU it is always float32. In float32 an image scores
-            the same alone and in any batch to 1e-4; half precision keeps about three digits.
+        dtype: of the weights and activations (`--reward_dtype`); None is float32. In float32 an image scores the same
+            alone and in any batch to 1e-4; half precision keeps two to three digits. Scores are float32 in any case.
         cache_dir: where downloads are kept (`--cache_dir`); None is open_clip's own choice.
 
     Raises:

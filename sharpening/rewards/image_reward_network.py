@@ -13,7 +13,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from sharpening.errors import UserError
 from sharpening.rewards.checkpoint_files import find_checkpoint, read_state_dict
-from sharpening.rewards.preprocessing import device_dtype, in_slices, preprocess
+from sharpening.rewards.preprocessing import in_slices, preprocess
 
 # Mean and standard deviation of the raw scores on the training prompts, as published with the weights.
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
@@ -154,7 +154,7 @@ class ImageRewardScorer:
         flag: what the user wrote, for error messages.
         name: see `sharpening.rewards.checkpoint_files.find_checkpoint`; the published file is `ImageReward.pt`.
         device: where it runs.
-        dtype: of the transformers' weights and activations on a GPU; on the CPU, and in the head, it is float32.
+        dtype: of the transformers' weights and activations; None is float32, which the head always has.
         cache_dir: where downloads are kept.
 
     Raises:
@@ -185,7 +185,7 @@ class ImageRewardScorer:
                 f"{flag}: {path} knows {rows} tokens and the vocabulary of {vocabulary} has {len(self.tokenizer)}; "
                 "put the vocab.txt it was trained with beside it"
             )
-        self.device, self.dtype = torch.device(device), device_dtype(device, dtype)
+        self.device, self.dtype = torch.device(device), dtype or torch.float32
         self.network.to(self.device, self.dtype).head.float()
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sharpening.errors import UserError, did_you_mean, first_line
-from sharpening.rewards.preprocessing import device_dtype, in_slices, preprocess
+from sharpening.rewards.preprocessing import in_slices, preprocess
 
 
 class OpenCLIP:
@@ -20,7 +20,7 @@ class OpenCLIP:
         flag: what the user wrote, such as `--clip_model NAME`, for error messages.
         name: see `parse_name`; the docstring of `sharpening.rewards.clip.CLIPScoreReward` lists the forms for users.
         device: where it runs.
-        dtype: of weights and activations on a GPU; on the CPU it is always float32.
+        dtype: of weights and activations, norms too; None is float32.
         cache_dir: where downloads are kept; None is open_clip's own choice.
 
     Raises:
@@ -30,8 +30,9 @@ class OpenCLIP:
     def __init__(
         self, flag: str, name: str, device: str | torch.device, dtype: torch.dtype | None, cache_dir: str | None
     ) -> None:
-        self.device, self.dtype = torch.device(device), device_dtype(device, dtype)
-        precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
+        self.device, self.dtype = torch.device(device), dtype or torch.float32
+        # "pure": open_clip's plain "fp16" keeps norms in float32, with two casts of the activations at each of them.
+        precision = {torch.float32: "fp32", torch.float16: "pure_fp16", torch.bfloat16: "pure_bf16"}[self.dtype]
         architecture, weights = parse_name(flag, name)
         # OpenAI's weights (and others) were trained with x * sigmoid(1.702 x) in place of GELU. open_clip only warns
         # when the architecture is built with the other one, so the table of published weights decides here.

@@ -39,9 +39,7 @@ class PickScoreReward:
         import torch
         from transformers import CLIPModel, CLIPProcessor
 
-        from sharpening.rewards.preprocessing import device_dtype
-
-        self.device, self.dtype = torch.device(device), device_dtype(device, dtype)
+        self.device, self.dtype = torch.device(device), dtype or torch.float32
         folder = Path(model).expanduser()
         local = any((folder / f"{name}_config.json").is_file() for name in ("processor", "preprocessor"))
         try:

@@ -1,4 +1,4 @@
-"""What reward models want: images resized, cropped or padded, and normalized, as tensors throughout; and a dtype."""
+"""What reward models want: images resized, cropped or padded, and normalized, as tensors throughout."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -54,8 +54,3 @@ def in_slices(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """`network(*inputs)` for inputs of B rows each: whole on a GPU, a few rows at a time on the CPU."""
     size = CPU_SLICE if inputs[0].device.type == "cpu" else len(inputs[0])
     return torch.cat([network(*rows) for rows in zip(*(part.split(size) for part in inputs), strict=True)])
-
-
-def device_dtype(device: str | torch.device, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that a reward model runs in: float32 on the CPU, or when none is asked for."""
-    return torch.float32 if dtype is None or torch.device(device).type == "cpu" else dtype

@@ -1,6 +1,8 @@
 """The benchmark of a step counts the work of the method."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import naive, step
 from sharpening.errors import UserError
 from tests.support.objective import problem
+from tests.support.runs import ROOT
 from tiny_world.tiny_sdxl import make_pipeline
 
 
@@ -64,6 +67,53 @@ def test_configurations_of_the_scripts_are_taken(benchmark_run):
     switches = ["--use_lora", "--gradient_checkpointing", "--decoder", "tiny", "--mixed_precision", "bf16"]
     printed = benchmark_run("step", "--model", "tiny", "--method", "rlhf", "--rounds", 1, "--batch", 2, *switches)
     assert "reference 0." in printed  # its adapter off, the UNet that trains is the reference
+
+
+@pytest.mark.parametrize(
+    ("flag", "gpu", "measured"), [(None, False, True), (None, True, False), (True, True, True), (False, False, False)]
+)
+def test_the_literal_reading_is_left_out_on_a_gpu_unless_asked_for(flag, gpu, measured):
+    assert step.rivals_for(flag, gpu) == (("naive",) if measured else ()) + ("plain", "branch_step")
+
+
+# Asks for 4 PiB in the second step, when it has a first one behind it. Then the whole benchmark.
+OUT_OF_MEMORY = """
+import sys
+import torch
+from benchmarks import step
+from benchmarks.rivals import Rivals
+
+real, calls = Rivals.plain, []
+
+def plain(self):
+    calls.append(real(self))
+    if len(calls) == 2:
+        torch.empty(2**50)
+    assert len(calls) == 1
+
+Rivals.plain = plain
+sys.exit(step.main(sys.argv[1:]))
+"""
+
+
+def test_rival_that_runs_out_of_memory_is_reported_and_the_others_go_on(tmp_path):
+    output = tmp_path / "step.json"
+    command = [sys.executable, "-c", OUT_OF_MEMORY, "--model=tiny", "--rounds=1", "--no-naive", f"--output={output}"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(output.read_text())
+    assert "can't allocate memory" in found["out_of_memory"]["plain"]
+    for figure in ("seconds", "flops", "operators", "peak_bytes"):
+        assert found[figure].keys() - {"score"} == {"script", "branch_step"}
+    assert "plain  ran out of memory: " in ran.stdout and "against" not in ran.stdout
+
+
+def test_other_failure_of_a_rival_is_no_lack_of_memory():
+    def work():
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="do not fit"), step.Measurement({"plain": work}).visit(step.TIMED):
+        pass
 
 
 @pytest.mark.parametrize(

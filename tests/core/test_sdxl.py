@@ -3,12 +3,15 @@ against the pipeline of diffusers, guidance, and the states of a path in slices.
 
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline
+from diffusers.models.attention_processor import AttnProcessor, XFormersAttnProcessor
 
 from sharpening import model_source, sdxl
+from sharpening.errors import UserError
 from sharpening.model_source import Source
 from sharpening.trajectory import Path, Schedule, generate
 from tests.support.objective import problem
@@ -45,6 +48,36 @@ def test_taesd_decodes_in_half_precision(tmp_path):
     ).save_pretrained(tmp_path / "taesd")
     decoder = sdxl.load_decoder(Source("reward_vae", str(tmp_path / "taesd")), None, CPU, torch.float16)
     assert isinstance(decoder, AutoencoderTiny) and decoder.dtype == torch.float16
+
+
+@pytest.mark.parametrize("adapter", [None, sdxl.lora_config(4, None)])
+def test_attention_without_a_kernel_is_refused_when_it_is_switched_on(adapter, world):
+    """xformers on a new card: diffusers can switch it on, and the first forward fails as it does here on the CPU."""
+    unet = sdxl.load_unet(Source("pretrained_model_name_or_path", str(world.model)), CPU, torch.float32, adapter)
+    unet.enable_xformers_memory_efficient_attention = lambda: unet.set_attn_processor(XFormersAttnProcessor())
+    said = (
+        r"^--enable_xformers_memory_efficient_attention does not work here \(NotImplementedError: No operator found .*"
+    )
+    with pytest.raises(
+        UserError, match=f"{said}switch it off with --no-enable_xformers_memory_efficient_att"
+    ) as caught:
+        sdxl.switch_attention(unet, ["enable_xformers_memory_efficient_attention"], torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_works_is_tried_without_a_trace(dtype, world):
+    source, tried = Source("pretrained_model_name_or_path", str(world.model)), []
+    for unet in (sdxl.load_unet(source, CPU, dtype), sdxl.load_frozen_unet(source, CPU, dtype)):
+        unet.enable_plain_attention = partial(unet.set_attn_processor, AttnProcessor())
+        projection = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+        hook = projection.register_forward_hook(lambda module, inputs, output: tried.append(output.dtype))
+        state = torch.get_rng_state()
+        sdxl.switch_attention(unet, ["enable_plain_attention"], dtype)
+        hook.remove()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(parameter.grad is None for parameter in unet.parameters())
+    assert tried == [dtype, dtype]
 
 
 def test_cache_identity_changes_with_the_weights(world, tmp_path):

@@ -87,8 +87,8 @@ def test_flag_that_is_not_given_has_one_default_on_every_way_to_an_entry(monkeyp
 
 def test_options_are_all_flags_but_the_spec():
     options = reward_options(values("--reward_failure=skip", "--clip_model=x") | {"cache_dir": "here"})
-    named = {flag.name for flag in REWARD_FLAGS} - {"reward_model", "reward_failure"}
-    assert options.keys() == named | {"failure", "cache_dir"}
+    named = {flag.name for flag in REWARD_FLAGS} - {"reward_model", "reward_failure", "reward_dtype"}
+    assert options.keys() == named | {"failure", "dtype", "cache_dir"}
     assert (options["failure"], options["clip_model"], options["cache_dir"]) == ("skip", "x", "here")
     assert load_reward("shapes", **options).failure == "skip"
 
