@@ -131,7 +131,9 @@ def test_full_disk_stops_both_ranks_and_the_run_goes_on_elsewhere(on_small_disk,
     ours = [line[line.index("error: ") :] for line in result.stderr.splitlines() if "error: " in line]
     assert len(ours) == 2 and all(line.endswith("checkpoint-1 is whole") for line in ours)
     assert any(line.startswith("error: step 2: the checkpoint cannot be written") for line in ours)
-    assert any(said in line for line in ours) and any("another process cannot write" in line for line in ours)
+    assert any(said in line for line in ours)
+    # Both may meet the full disk; one that does not is told of it.
+    assert all("another process cannot write" in line or said in line for line in ours)
     kept = tmp_path / "kept" / "run"
     assert sorted(path.name for path in kept.glob("*checkpoint*")) == ["checkpoint-1"]
     assert 'train_sft_diffusion_sharpening_sdxl.py", line' not in result.stderr  # no trace of ours
