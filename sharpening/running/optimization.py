@@ -19,12 +19,12 @@ def make_adam(parameters: list[Parameter], eight_bit: bool, scaled: bool, **opti
     """AdamW, or its 8-bit version from bitsandbytes; `scaled`: a GradScaler decides which of its steps are taken.
 
     On a CPU and on CUDA AdamW is the fused one, which needs no memory beside its states. It would hide from accelerate
-    which steps a GradScaler has skipped.
+    which steps a GradScaler has skipped; then torch chooses, on CUDA all parameters together, never one by one.
 
     Raises:
         UserError: bitsandbytes does not work here.
     """
-    fused = not scaled and {parameter.device.type for parameter in parameters} <= {"cpu", "cuda"}
+    fused = (not scaled and {parameter.device.type for parameter in parameters} <= {"cpu", "cuda"}) or None
     optimizer_class: Callable[..., Optimizer] = partial(torch.optim.AdamW, fused=fused)
     if eight_bit:
         try:
