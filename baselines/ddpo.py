@@ -114,7 +114,7 @@ def sample_paths(
         x = ddim_step(schedule, x0_hat, eps_hat, timestep, noises[:, step])
     t = torch.full((len(x),), last, device=x.device)
     x_0 = ddim_step(schedule, *schedule.clean_and_noise(predict(x, t), x, last), last)
-    rows = torch.arange(len(x))[:, None]
+    rows = torch.arange(len(x), device=x.device)[:, None]
     return x_0, Transitions(*(torch.stack(part, 1)[rows, kept] for part in zip(*transitions, strict=True)))
 
 

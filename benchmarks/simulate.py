@@ -79,8 +79,8 @@ STAND_INS = (
 STEP_FLAGS = (
     Flag("model", "its size", default="sdxl", choices=SIZES),
     Flag("resolution", "pixels; unset: 32 for tiny, else 512", int, range="[1, inf)"),
-    Flag("batch", "prompts in a micro-batch", int, 1, "[1, inf)"),
-    Flag("gradient_accumulation_steps", "micro-batches in a step", int, 1, "[1, inf)"),
+    Flag("batch", "prompts, times --gradient_accumulation_steps", int, 1, "[1, inf)"),
+    Flag("gradient_accumulation_steps", "as many times --batch prompts make a step", int, 1, "[1, inf)"),
     Flag("mixed_precision", "of the scripts", default="bf16", choices=("no", "fp16", "bf16")),
     Flag("decoder", "what decodes for the reward", default="vae", choices=("vae", "tiny")),
     Flag("generation_batch_size", "of the RLHF script", int, 16, "[1, inf)"),

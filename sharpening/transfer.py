@@ -12,7 +12,8 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device, copied behind what the device has still to do: from pinned memory, on CUDA."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # Pinned as it is, an expanded tensor cannot be written, and a strided one would be copied through pageable memory.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

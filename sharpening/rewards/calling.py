@@ -103,8 +103,12 @@ class Reward:
             for rows, batch in _batches(images, prompts):
                 finite = batch.flatten(1).isfinite().all(1)
                 whole.append((rows, finite))
-                # Whether some are not is asked at the end: asking a GPU is waiting for it.
-                batch = torch.where(finite[:, None, None, None], batch, 0)
+                if batch.device.type == "cpu":
+                    rows, batch = [row for row, good in zip(rows, finite.tolist(), strict=True) if good], batch[finite]
+                    if not rows:
+                        continue
+                else:  # asking a GPU is waiting for it: that is done at the end
+                    batch = torch.where(finite[:, None, None, None], batch, 0)
                 batch_prompts = [prompts[row] for row in rows]
                 for component, scorer in zip(self.components, self._scorers, strict=True):
                     called.append((rows, component))
@@ -119,6 +123,14 @@ class Reward:
         prompts: list[str],
     ) -> Verdict:
         """Wait for all components: their weighted sum and their values, NaN for images that were broken."""
+        names, all_broken = "+".join(component.name for component in self.components), []
+        with beginning(waits):
+            for rows, finite in whole:
+                broken = [row for row, good in zip(rows, finite.cpu().tolist(), strict=True) if not good]
+                all_broken += broken
+                if broken:
+                    problem = f"was given {len(broken)} of {len(rows)} images with NaN or infinite pixels"
+                    self._fail(RewardError(names, problem, broken, [prompts[row] for row in broken]))
         total = torch.zeros(len(prompts))
         values = {component.name: torch.full((len(prompts),), torch.nan) for component in self.components}
         for (rows, component), (scores, parts) in zip(called, wait_for_all(waits), strict=True):
@@ -126,17 +138,11 @@ class Reward:
             named = {component.name: scores} | {f"{component.name}/{part}": v for part, v in parts.items()}
             for name, column in named.items():
                 values.setdefault(name, torch.full((len(prompts),), torch.nan))[rows] = column
-        names = "+".join(component.name for component in self.components)
         if total.isinf().any():  # only weights beyond float32 lead here
             rows = total.isinf().nonzero().flatten().tolist()
             raise RewardError(names, "has a weighted sum beyond float32", rows, [prompts[row] for row in rows])
-        for rows, finite in whole:
-            broken = [row for row, good in zip(rows, finite.cpu().tolist(), strict=True) if not good]
-            if broken:
-                problem = f"was given {len(broken)} of {len(rows)} images with NaN or infinite pixels"
-                self._fail(RewardError(names, problem, broken, [prompts[row] for row in broken]))
-                for column in (total, *values.values()):
-                    column[broken] = torch.nan
+        for column in (total, *values.values()):
+            column[all_broken] = torch.nan
         return total, values
 
     def _fail(self, error: RewardError) -> None:
@@ -155,10 +161,12 @@ class Reward:
     ) -> Callable[[], Verdict]:
         """Call the scorer; what is returned waits for its scores if it does, and checks them."""
 
+        device_type = images.device.type  # of its own: what waits for a grader need not keep the images
+
         def guarded(call: Callable[[], object]) -> tuple[object, dict[int, str]]:
             try:
                 # A reward has a dtype of its own, whatever the pass that asks it is in.
-                with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+                with torch.no_grad(), torch.autocast(device_type, enabled=False):
                     return call(), {}
             except RowsFailed as error:
                 return error.result, error.reasons

@@ -45,7 +45,7 @@ def group_of_hosts(timeout_minutes: float) -> torch.distributed.ProcessGroup | N
 
 
 def warn_of_accumulation(steps: int) -> None:
-    """Say so if accelerate was told another number of micro-batches than `--gradient_accumulation_steps`."""
+    """Say so if accelerate was told another number than `--gradient_accumulation_steps`."""
     told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(steps))
     if told != str(steps):
         logger.warning(
@@ -71,7 +71,7 @@ def make_accelerator(
         # Without a device and without being told, accelerate would let every process believe that it is alone.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
-        # The scripts divide the loss by their own number; accelerate would by that of its config, once more.
+        # The scripts take all prompts of a step at once; accelerate would divide their loss by its config's number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=list(options),
         log_with=None if report_to == "none" else report_to,

@@ -1,5 +1,7 @@
 """What a reward receives, sums and their parts, and what becomes of a reward that fails."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -217,3 +219,32 @@ def test_image_of_broken_pixels_has_no_score_from_any_reward(bad, caplog):
     assert all(part.isnan().tolist() == [False, True, False] for part in parts.values())
     assert "left out of selection" in caplog.text
     assert load_reward("shapes", failure="skip").get_reward(images[1:2], prompts[:1]).isnan().all()
+
+
+def test_broken_image_is_kept_from_rewards_and_named_before_what_they_say():
+    def strict(images, prompts):
+        if not images.flatten(1).any(1).all():
+            raise ValueError("nothing found")
+        return images.mean((1, 2, 3))
+
+    images = torch.rand(2, 3, 8, 8)
+    images[1] = torch.nan
+    component = load_reward("jpeg_compressibility").components
+    total = Reward(component, [strict], "skip").get_reward(images, ["a", "b"])
+    assert total[0].isfinite() and total[1].isnan()
+    with pytest.raises(RewardError, match="was given 1 of 2 images with NaN"):
+        Reward(component, [strict]).get_reward(images, ["a", "b"])
+
+
+def test_images_are_let_go_while_a_grader_works():
+    component = load_reward("jpeg_compressibility").components
+    images = torch.rand(2, 3, 8, 8)
+    seen = []
+
+    def grader(given, prompts):
+        seen.append(weakref.ref(given))
+        return lambda: torch.zeros(len(prompts))
+
+    wait = Reward(component, [grader]).begin(images, ["a", "b"])
+    assert seen[0]() is None
+    assert wait()[0].tolist() == [0, 0]
