@@ -19,13 +19,15 @@ def make_adam(parameters: list[Parameter], eight_bit: bool, scaled: bool, **opti
     """AdamW, or its 8-bit version from bitsandbytes; `scaled`: a GradScaler decides which of its steps are taken.
 
     On a CPU and on CUDA AdamW is the fused one, which needs no memory beside its states. It would hide from accelerate
-    which steps a GradScaler has skipped; then torch chooses, on CUDA all parameters together, never one by one.
+    which steps a GradScaler has skipped; there, on CUDA, it takes all parameters together instead of one by one.
 
     Raises:
         UserError: bitsandbytes does not work here.
     """
-    fused = (not scaled and {parameter.device.type for parameter in parameters} <= {"cpu", "cuda"}) or None
-    optimizer_class: Callable[..., Optimizer] = partial(torch.optim.AdamW, fused=fused)
+    kinds = {parameter.device.type for parameter in parameters}
+    fused = not scaled and kinds <= {"cpu", "cuda"}
+    together = not fused and kinds == {"cuda"}
+    optimizer_class: Callable[..., Optimizer] = partial(torch.optim.AdamW, fused=fused, foreach=together)
     if eight_bit:
         try:
             from bitsandbytes.optim import AdamW8bit
