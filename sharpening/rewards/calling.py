@@ -103,12 +103,12 @@ class Reward:
             for rows, batch in _batches(images, prompts):
                 finite = batch.flatten(1).isfinite().all(1)
                 whole.append((rows, finite))
-                if batch.device.type == "cpu":
+                # Asking a GPU which are broken is waiting for it, until the end of the pass; till then they are black.
+                batch = torch.where(finite[:, None, None, None], batch, 0)
+                if batch.device.type == "cpu" and not all(finite.tolist()):
                     rows, batch = [row for row, good in zip(rows, finite.tolist(), strict=True) if good], batch[finite]
                     if not rows:
                         continue
-                else:  # asking a GPU is waiting for it: that is done at the end
-                    batch = torch.where(finite[:, None, None, None], batch, 0)
                 batch_prompts = [prompts[row] for row in rows]
                 for component, scorer in zip(self.components, self._scorers, strict=True):
                     called.append((rows, component))
