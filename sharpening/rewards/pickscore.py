@@ -43,7 +43,7 @@ class PickScoreReward:
         folder = Path(model).expanduser()
         local = any((folder / f"{name}_config.json").is_file() for name in ("processor", "preprocessor"))
         try:
-            self.clip = CLIPModel.from_pretrained(model, dtype=self.dtype, cache_dir=cache_dir)
+            self.clip = CLIPModel.from_pretrained(model, dtype=torch.float32, cache_dir=cache_dir)
             processor = CLIPProcessor.from_pretrained(model if local else PROCESSOR, cache_dir=cache_dir)
             if processor.tokenizer.vocab_size < 10:  # what transformers makes, without a word, when it finds no files
                 raise OSError("its tokenizer has no vocabulary")
@@ -52,7 +52,9 @@ class PickScoreReward:
                 f"--reward_model pickscore:{model} could not be loaded ({first_line(error)}); check the name and the "
                 "connection, or give a folder that holds the model, its tokenizer and its preprocessor_config.json"
             ) from error
-        self.clip.to(self.device).eval().requires_grad_(False)
+        # In bfloat16 the published factor, 100, would become 98.9: read before the weights are rounded.
+        self.scale = self.clip.logit_scale.detach().exp().to(self.device)
+        self.clip.to(self.device, self.dtype).eval().requires_grad_(False)
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
 
     def get_reward(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -68,7 +70,7 @@ class PickScoreReward:
             image_features = in_slices(self._embed, pixels.to(self.dtype)).float()
             text_features = self.clip.get_text_features(**tokens.to(self.device)).pooler_output.float()
         cosine = (normalize(image_features, dim=-1) * normalize(text_features, dim=-1)).sum(dim=-1)
-        return self.clip.logit_scale.float().exp() * cosine
+        return self.scale * cosine
 
     def _embed(self, pixels: Tensor) -> Tensor:
         return self.clip.get_image_features(pixels).pooler_output

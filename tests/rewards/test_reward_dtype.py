@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -66,6 +68,21 @@ def test_networks_compute_in_the_dtype_and_score_nearly_alike(loaded, dtype):
     full, half = scores[None], scores[dtype]
     assert half.dtype == torch.float32 and half.isfinite().all()
     assert 0 < (half - full).abs().max() / full.abs().max() < TOLERANCE[dtype]
+
+
+def test_factor_of_pickscore_is_not_rounded_with_its_weights(tiny_pickscore, tmp_path):
+    """Projections of ones make embeddings whose numbers are all equal: the cosine is 1 or -1, the score the factor."""
+    from transformers import CLIPModel
+
+    shutil.copytree(tiny_pickscore, tmp_path, dirs_exist_ok=True)
+    model = CLIPModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100))
+        for tower in (model.visual_projection, model.text_projection):
+            tower.weight.fill_(1)
+    model.save_pretrained(tmp_path)
+    scores = load_reward(f"pickscore:{tmp_path}", dtype=torch.bfloat16).get_reward(noise(4, 96, 96), CAPTIONS)
+    torch.testing.assert_close(scores.abs(), torch.full((4,), 100.0), rtol=1e-5, atol=0)
 
 
 def test_command_scores_in_the_dtype(tiny_clip, tmp_path):
