@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,16 +60,6 @@ class Clock:
             self._charge()
             self._stack.pop()
 
-    def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The function, its calls counted as a phase."""
-
-        @wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name):
-                return function(*args, **kwargs)
-
-        return wrapped
-
     def _charge(self) -> None:
         synchronise()
         now = time.perf_counter()
@@ -77,11 +67,17 @@ class Clock:
         self._since = now
 
 
+@cache
+def is_view(function: torch._ops.OpOverload) -> bool:
+    """Whether an operator returns a view of its input, such as `view`, `t` and `detach`: it moves no data."""
+    # The schema of _unsafe_view does not say that it is one.
+    return function.is_view or function is torch.ops.aten._unsafe_view.default
+
+
 class OperatorCount(TorchDispatchMode):
     """A context that counts the operators dispatched within it, those of backward passes too.
 
-    Operators that return a view of their input, such as `view`, `t` and `detach`, are not counted: they move no data.
-    A fused operator counts once, whatever it does.
+    Views (`is_view`) are not counted. A fused operator counts once, whatever it does.
 
     Attributes:
         names: how often each operator was dispatched.
@@ -102,8 +98,7 @@ class OperatorCount(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        # The schema of _unsafe_view does not say that it is a view.
-        if not (function.is_view or function is torch.ops.aten._unsafe_view.default):
+        if not is_view(function):
             self.names[str(function)] += 1
         return function(*args, **(kwargs or {}))
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -120,19 +121,28 @@ def write_data(folder: Path, resolution: int, count: int = 8) -> None:
 
 
 @contextmanager
-def clocked() -> Iterator[None]:
-    """Within, `CLOCK` counts the phases of the scripts, and in them the reference, decoding and the optimizer."""
+def in_phases(during: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
+    """Within, the phases of the scripts, and in them the reference, decoding and the optimizer, run inside
+    `during(name)`."""
     phase_of_run, unet_of_reference = Run.phase, Reference.unet
 
     @contextmanager
     def phase(run: Run, name: str) -> Iterator[None]:
-        with CLOCK.phase(PHASES.get(name, name)), phase_of_run(run, name):
+        with during(name), phase_of_run(run, name):
             yield
 
     @contextmanager
     def reference(self: Reference) -> Iterator[UNet2DConditionModel]:
-        with CLOCK.phase("reference"), unet_of_reference(self) as unet:
+        with during("reference"), unet_of_reference(self) as unet:
             yield unet
+
+    def within(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        @wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with during(name):
+                return function(*args, **kwargs)
+
+        return wrapped
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Run, "phase", phase))
@@ -143,8 +153,13 @@ def clocked() -> Iterator[None]:
             (Accelerator, "clip_grad_norm_", "optimizer"),
             (AcceleratedOptimizer, "step", "optimizer"),
         ):
-            stack.enter_context(patch.object(owner, method, CLOCK.timed(getattr(owner, method), name)))
+            stack.enter_context(patch.object(owner, method, within(getattr(owner, method), name)))
         yield
+
+
+def clocked() -> AbstractContextManager[None]:
+    """Within, `CLOCK` counts the phases of the scripts."""
+    return in_phases(lambda name: CLOCK.phase(PHASES.get(name, name)))
 
 
 @contextmanager

@@ -27,20 +27,17 @@ from unittest.mock import patch
 
 import diffusers
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.models import SIZES, write_pipeline
-from benchmarks.script import SCRIPTS, Setting, write_data
+from benchmarks.script import SCRIPTS, Setting, in_phases, write_data
 from benchmarks.simulated_gpu import DEVICE, SimulatedGPU, Work
 from sharpening.errors import exit_status
 from sharpening.flags import Flag, parse
 from sharpening.model_source import Source
-from sharpening.reference import Reference
 from sharpening.run import Run
 from sharpening.sdxl import trainable_parameters
 
@@ -135,18 +132,8 @@ load_of_source = Source.load
 
 @contextmanager
 def _phases(gpu: SimulatedGPU) -> Iterator[None]:
-    """Within, work is counted by the phases of the scripts, and in them the reference, decoding and the optimizer."""
-    phase_of_run, unet_of_reference, steps_of_run = Run.phase, Reference.unet, Run.steps
-
-    @contextmanager
-    def phase(run: Run, name: str) -> Iterator[None]:
-        with gpu.during(name), phase_of_run(run, name):
-            yield
-
-    @contextmanager
-    def reference(self: Reference) -> Iterator[UNet2DConditionModel]:
-        with gpu.during("reference"), unet_of_reference(self) as unet:
-            yield unet
+    """Within, work is counted by the phases of the scripts, that of the last step alone, after which they end."""
+    steps_of_run = Run.steps
 
     def steps(run: Run, unet: nn.Module) -> Iterator[int]:
         gpu.adopt(trainable_parameters(unet))
@@ -158,24 +145,7 @@ def _phases(gpu: SimulatedGPU) -> Iterator[None]:
                 run.close()
                 raise _Counted
 
-    def within(function: Any, name: str) -> Any:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with gpu.during(name):
-                return function(*args, **kwargs)
-
-        return counted
-
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(Run, "phase", phase))
-        stack.enter_context(patch.object(Run, "steps", steps))
-        stack.enter_context(patch.object(Reference, "unet", reference))
-        for owner, method, name in (
-            (AutoencoderKL, "decode", "decode"),
-            (AutoencoderTiny, "decode", "decode"),
-            (Accelerator, "clip_grad_norm_", "optimizer"),
-            (AcceleratedOptimizer, "step", "optimizer"),
-        ):
-            stack.enter_context(patch.object(owner, method, within(getattr(owner, method), name)))
+    with in_phases(gpu.during), patch.object(Run, "steps", steps):
         yield
 
 

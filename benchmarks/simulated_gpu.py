@@ -27,6 +27,8 @@ from torch.utils.flop_counter import flop_registry
 
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # isort: skip
 
+from benchmarks.measuring import is_view
+
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 # What autograd is told of the device: it would ask a real GPU for the stream of a tensor on "cuda".
@@ -125,7 +127,7 @@ class SimulatedGPU(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         here = any(isinstance(tensor, FakeTensor) for tensor in inputs)
         if not here and target != DEVICE:
-            if not _is_view(function):
+            if not is_view(function):
                 self.host[str(function)] += 1
             return function(*args, **kwargs)
         if function is aten._to_copy.default or function is aten.copy_.default:
@@ -251,7 +253,7 @@ class SimulatedGPU(TorchDispatchMode):
         cast: bool = False,
     ) -> None:  # fmt: skip
         self._hold(result)
-        if _is_view(function):
+        if is_view(function):
             return
         self.names[str(function)] += 1
         flops, formula = 0, flop_registry.get(function._overloadpacket)
@@ -279,12 +281,6 @@ class SimulatedGPU(TorchDispatchMode):
 
     def _weigh(self) -> None:
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.live)
-
-
-@cache
-def _is_view(function: torch._ops.OpOverload) -> bool:
-    # The schema of _unsafe_view does not say that it is a view.
-    return function.is_view or function is aten._unsafe_view.default
 
 
 @cache

@@ -35,7 +35,7 @@ from sharpening.errors import Stop, require
 from sharpening.model_source import Source, text_identity
 from sharpening.reference import Reference
 from sharpening.rewards.calling import Reward, RewardError
-from sharpening.running import checkpoints, optimization, publishing, tracking
+from sharpening.running import checkpoints, launching, optimization, publishing, tracking
 from sharpening.running.plan import Plan
 from sharpening.running.signals import StopSignal
 from sharpening.running.validation import Drawing, Validation, averaged_weights, read_validation_prompts
@@ -286,13 +286,8 @@ class Run:
             yield
 
     def any_rank(self, value: int) -> int:
-        """The largest `value` over all ranks, so that every rank takes the same turn; asked of the hosts, which need
-        not wait for their devices."""
-        if self.plan.world_size == 1:
-            return value
-        largest = torch.tensor([value])
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.plan.hosts)
-        return int(largest)
+        """The largest `value` over all ranks, so that every rank takes the same turn."""
+        return launching.any_rank(value, self.plan.hosts)
 
     @contextmanager
     def together(self, step: int, generated: Tensor | None = None) -> Iterator[None]:
@@ -426,7 +421,7 @@ class Run:
         state = {"run_id": self.run_id, "method": self.plan.method.name, "world_size": processes, "args": public}
         keep = self.args.checkpoints_total_limit
         try:
-            checkpoints.save_checkpoint(self.accelerator, self.output_dir, step, state, keep)
+            checkpoints.save_checkpoint(self.accelerator, self.output_dir, step, state, keep, self.plan.hosts)
         except WriteError as error:
             self._end_with(f"{before}{error}; {checkpoints.newest_whole(self.output_dir)}")
         self._saved_step = step

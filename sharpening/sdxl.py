@@ -282,10 +282,6 @@ class Denoiser:
         condition = self.condition.rows(slice(row, row + 1)).repeat(count)
         return Denoiser(self.unet, condition, self.unconditional, self.guidance_scale)
 
-    def model(self) -> Model:
-        """The model of all rows."""
-        return branch_model(self.unet, self.condition, self.unconditional, self.guidance_scale)
-
 
 def branch_model(unet: nn.Module, condition: Condition, unconditional: Unconditional, guidance_scale: float) -> Model:
     """What `walk` and `generate` take: the conditional output, and the guidance on top of it."""

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from torch.distributed import ProcessGroup
 from torch.optim.lr_scheduler import LRScheduler
 
 from sharpening.errors import UserError
@@ -181,12 +182,13 @@ def register_checkpointing(
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, state: Mapping[str, Any], keep: int | None
-) -> Path:
+    accelerator: Accelerator, output_dir: Path, step: int, state: Mapping[str, Any], keep: int | None,
+    hosts: ProcessGroup | None = None,
+) -> Path:  # fmt: skip
     """Write `checkpoint-<step>` aside, rename it into place, then delete all but the newest `keep`.
 
-    Every rank must call it. A kill at any moment leaves either the old or the new set of complete checkpoints, and so
-    does a disk that takes no more.
+    Every rank must call it; they agree by `hosts`, see `launching.any_rank`. A kill at any moment leaves either the
+    old or the new set of complete checkpoints, and so does a disk that takes no more.
 
     Raises:
         WriteError: on every rank, if one of them cannot write; what was half-written is gone.
@@ -210,9 +212,9 @@ def save_checkpoint(
 
     what, is_main = f"step {step}: the checkpoint", accelerator.is_main_process
     try:
-        all_wrote(accelerator, attempt(what, begin) if is_main else "")
-        all_wrote(accelerator, attempt(what, lambda: accelerator.save_state(str(partial))))
-        all_wrote(accelerator, attempt(what, complete) if is_main else "")
+        all_wrote(attempt(what, begin) if is_main else "", hosts)
+        all_wrote(attempt(what, lambda: accelerator.save_state(str(partial))), hosts)
+        all_wrote(attempt(what, complete) if is_main else "", hosts)
     except WriteError:
         if is_main:
             with suppress(OSError):

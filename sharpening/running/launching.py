@@ -44,6 +44,16 @@ def group_of_hosts(timeout_minutes: float) -> torch.distributed.ProcessGroup | N
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
+def any_rank(value: int, hosts: torch.distributed.ProcessGroup | None) -> int:
+    """The largest `value` over all ranks, so that every rank takes the same turn; asked of the hosts, as of
+    `group_of_hosts`, which need not wait for their devices."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    largest = torch.tensor([value])
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=hosts)
+    return int(largest)
+
+
 def warn_of_accumulation(steps: int) -> None:
     """Say so if accelerate was told another number than `--gradient_accumulation_steps`."""
     told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(steps))

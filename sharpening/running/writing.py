@@ -4,11 +4,11 @@ import os
 import re
 from collections.abc import Callable
 
-import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch.distributed import ProcessGroup
 
 from sharpening.errors import NO_ROOM, reason
+from sharpening.running.launching import any_rank
 
 TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|iostream error|cannot be opened")
 
@@ -47,14 +47,12 @@ def _number(error: OSError | SafetensorError) -> int | None:
     return int(found[1]) if found else None
 
 
-def all_wrote(accelerator: Accelerator, failure: str) -> None:
-    """Wait for all ranks, each of which must call this with what `attempt` returned to it.
+def all_wrote(failure: str, hosts: ProcessGroup | None) -> None:
+    """Wait for all ranks, each of which must call this with what `attempt` returned to it; hosts as of
+    `launching.any_rank`.
 
     Raises:
         WriteError: on every rank, if one of them has failed.
     """
-    failed = bool(failure)
-    if accelerator.num_processes > 1:
-        failed = bool(accelerator.gather(torch.tensor([failed], device=accelerator.device)).any())
-    if failed:
+    if any_rank(bool(failure), hosts):
         raise WriteError(failure or "another process cannot write; its message says why")

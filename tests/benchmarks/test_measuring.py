@@ -13,7 +13,8 @@ def test_time_of_an_inner_phase_is_not_that_of_the_outer_one():
     clock.start()
     with clock.phase("outer"):
         time.sleep(0.02)
-        clock.timed(lambda: time.sleep(0.2), "inner")()
+        with clock.phase("inner"):
+            time.sleep(0.2)
     seconds = clock.stop()
     assert sum(seconds.values()) <= time.perf_counter() - started
     assert list(seconds) == ["rest", "outer", "inner"]

@@ -50,7 +50,7 @@ def test_literal_reading_has_the_loss_and_the_gradient_of_the_scripts(method, n,
     best_and_worst = torch.cat([selection.best_rows, selection.worst_rows])
     rows = selection.best_rows if method == "SFT" else best_and_worst
     chosen, path, of_chosen = branches.rows(rows), path.rows(rows), condition.rows(rows)
-    output = outputs_through_sampler(denoiser(unet, of_chosen).model(), schedule, chosen, m)
+    output = outputs_through_sampler(denoiser(unet, of_chosen).rows(slice(None)), schedule, chosen, m)
     errors = regression.errors(chosen, path, output)
     if method == "SFT":
         loss = objective = (sft_weights(path.active, torch.ones(1, dtype=torch.bool)) * errors).sum()

@@ -73,7 +73,7 @@ def train(
     if not through_sampler:
         return regress(unet, regression, chosen, path, condition, weights, train_rows)
     unet.zero_grad(set_to_none=False)
-    output = outputs_through_sampler(denoiser(unet, condition).model(), schedule, chosen, m)
+    output = outputs_through_sampler(denoiser(unet, condition).rows(slice(None)), schedule, chosen, m)
     loss = (weights * regression.errors(chosen, path, output)).sum()
     loss.backward()
     return float(loss.detach())
