@@ -260,7 +260,9 @@ def main(args: argparse.Namespace) -> int:
         with run.together(step, x_0), accelerator.autocast():
             if args.reward_on == "trajectory":
                 walking = sdxl.Denoiser(unet, condition.repeat(n), unconditional, guidance)
-                scores, path = score_branches(walking.rows, judge, schedule, branches, m, args.score_batch_size)
+                scores, path = score_branches(
+                    walking.rows, judge, schedule, branches, m, args.score_batch_size, run.same_forwards
+                )
             else:
                 generation.scores = generation.scores or begin_samples(judge, x_0, args.score_batch_size)()
                 scores = generation.scores
@@ -314,7 +316,7 @@ def main(args: argparse.Namespace) -> int:
 
         # ----------------------------------------------------------------------------------------------- TRAIN
         if not at_once:
-            parts = regression.rows(pairs, path, of_pairs, weights).split(args.train_rows)
+            parts = regression.rows(pairs, path, of_pairs, weights).split(args.train_rows, run.same_forwards)
             for part in parts:
                 with run.exchange(model, part is parts[-1]):
                     accelerator.backward(part.loss(sdxl.predict_output(model, part.x, part.t, part.condition)))

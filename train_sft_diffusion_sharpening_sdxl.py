@@ -159,7 +159,9 @@ def main(args: argparse.Namespace) -> int:
                 path = walk_path(walking.rows, schedule, branches, m, args.score_batch_size, outputs=False)
         else:
             with run.together(step), accelerator.autocast():
-                scores, path = score_branches(walking.rows, judge, schedule, branches, m, args.score_batch_size)
+                scores, path = score_branches(
+                    walking.rows, judge, schedule, branches, m, args.score_batch_size, run.same_forwards
+                )
 
             # ------------------------------------------------------------------------------------------ SELECT
             selection = select(scores.rewards, scores.active, n)
@@ -182,7 +184,7 @@ def main(args: argparse.Namespace) -> int:
                     accelerator.backward(of_part)
                 loss = loss + of_part.detach()
         else:
-            parts = regression.rows(chosen, path, condition, weights).split(args.train_rows)
+            parts = regression.rows(chosen, path, condition, weights).split(args.train_rows, run.same_forwards)
             for rows in parts:
                 with run.exchange(model, rows is parts[-1]):
                     of_rows = rows.loss(sdxl.predict_output(model, rows.x, rows.t, rows.condition))

@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sharpening.sdxl import trainable_parameters
+from sharpening.sharding import local, part
 
 
 class Reference:
@@ -47,17 +48,17 @@ class Reference:
             self._adapter = [parameter.detach().clone() for parameter in trainable_parameters(self._unet)]
             return
         for ours, theirs in zip(self._frozen.parameters(), self._unet.parameters(), strict=True):
-            ours.copy_(theirs)
+            local(ours).copy_(local(theirs))
 
     def state(self) -> list[Tensor]:
-        """What `load` restores: the weights of the copy or of the adapter as it was."""
+        """What `load` restores: the weights of the copy, which may lie in parts, or of the adapter as it was."""
         return self._adapter if self._frozen is None else [parameter.data for parameter in self._frozen.parameters()]
 
     @torch.no_grad()
     def load(self, state: list[Tensor]) -> None:
-        """Become the reference that `state` was taken from."""
+        """Become the reference that `state`, whole by now, was taken from."""
         if self._frozen is None:
             self._adapter = [tensor.to(self._unet.device) for tensor in state]
             return
         for parameter, tensor in zip(self._frozen.parameters(), state, strict=True):
-            parameter.copy_(tensor)
+            parameter.copy_(part(tensor, parameter))

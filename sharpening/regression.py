@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpening.trajectory import Branches, Path, Schedule
-from sharpening.transfer import slices, take
+from sharpening.transfer import Agree, slices, take
 
 if TYPE_CHECKING:
     from sharpening.sdxl import Condition
@@ -38,10 +38,15 @@ class Rows(NamedTuple):
     target: Tensor  # (N, ...) what the model should output
     weight: Tensor  # (N,)
 
-    def split(self, size: int) -> list[Rows]:
-        """The rows in slices of `size`; any size gives the same sum."""
-        parts = slices(len(self.x), size)
-        return [Rows(*(p.rows(part) if p is self.condition else p[part] for p in self)) for part in parts]
+    def split(self, size: int, agree: Agree = int) -> list[Rows]:
+        """The rows in slices of `size`; any size gives the same sum. There are as many slices as `agree`, as of
+        `Run.same_forwards`, says: what this process does not need is a row that weighs nothing."""
+        parts = [self._slice(part) for part in slices(len(self.x), size)]
+        idle = self._slice(slice(1))._replace(weight=torch.zeros_like(self.weight[:1]))
+        return parts + [idle] * (agree(len(parts)) - len(parts))
+
+    def _slice(self, part: slice) -> Rows:
+        return Rows(*(p.rows(part) if p is self.condition else p[part] for p in self))
 
     def loss(self, output: Tensor) -> Tensor:
         """The weighted sum of the errors of a model's output (N, ...), a scalar."""

@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from sharpening import flags, sdxl
+from sharpening import flags, sdxl, sharding
 from sharpening.data.encoding_cache import CachedData, collate
 from sharpening.draws import Draws, DrawSampler, timestep_probabilities
 from sharpening.errors import Stop, require
@@ -128,24 +128,29 @@ class Run:
         """The UNet that trains, with the memory flags applied."""
         args = self.args
         lora = sdxl.lora_config(args.lora_rank, args.lora_alpha) if args.use_lora else None
-        unet = sdxl.load_unet(self.plan.source, self.device, self.plan.weight_dtype, lora)
+        unet = sdxl.load_unet(self.plan.source, self._loaded_on, self.plan.weight_dtype, lora)
         if args.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        sdxl.switch_attention(unet, self._attention, self.plan.weight_dtype)
-        return unet
+        return self._as_it_runs(unet)
 
     def load_reference(self, unet: UNet2DConditionModel) -> Reference:
         """The UNet as it is before training; with LoRA that needs no copy of it."""
         if self.args.use_lora:
             return Reference(unet, None)
-        frozen = sdxl.load_frozen_unet(self.plan.source, self.device, self.plan.weight_dtype)
-        sdxl.switch_attention(frozen, self._attention, self.plan.weight_dtype)
-        return Reference(unet, frozen)
+        frozen = sdxl.load_frozen_unet(self.plan.source, self._loaded_on, self.plan.weight_dtype)
+        return Reference(unet, self._as_it_runs(frozen))
 
     @property
-    def _attention(self) -> list[str]:
+    def _loaded_on(self) -> torch.device:
+        """Where a UNet is before `_as_it_runs`: the device need not have room for one that lies in parts."""
+        return torch.device("cpu") if self.args.fsdp else self.device
+
+    def _as_it_runs(self, unet: UNet2DConditionModel) -> UNet2DConditionModel:
+        """With the attention that the flags name and, with `--fsdp`, in parts on all processes."""
         names = ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention")
-        return [name for name in names if getattr(self.args, name)]
+        attention = [name for name in names if getattr(self.args, name)]
+        sdxl.switch_attention(unet, attention, self.device, self.plan.weight_dtype)
+        return sharding.shard(unet, self.device, self.plan.weight_dtype) if self.args.fsdp else unet
 
     def make_optimizer(
         self, unet: UNet2DConditionModel, rounds: int = 1
@@ -184,8 +189,14 @@ class Run:
         same list and dictionary.
         """
         self._first_rates = copy.deepcopy(lr_scheduler.state_dict())
-        model, optimizer = self.accelerator.prepare(unet, optimizer)
-        checkpoints.register_checkpointing(self.accelerator, unet, ema, lr_scheduler, pending, shared)
+        if self.args.fsdp:
+            sharding.save_whole_states(optimizer)
+            optimizer = self.accelerator.prepare_optimizer(optimizer)
+            # What it calls a mode for evaluation has its autocast and no second exchange of gradients.
+            model = self.accelerator.prepare_model(unet, device_placement=False, evaluation_mode=True)
+        else:
+            model, optimizer = self.accelerator.prepare(unet, optimizer)
+        checkpoints.register_checkpointing(self.accelerator, unet, optimizer, ema, lr_scheduler, pending, shared)
         if self._checkpoint is not None:
             self.accelerator.load_state(str(self._checkpoint))
         return model, optimizer
@@ -207,7 +218,7 @@ class Run:
             args.num_validation_images, args.resolution, args.validation_guidance_scale, args.score_batch_size,
             args.decode_batch_size, args.seed,
         )  # fmt: skip
-        self._validation = Validation(self.validation_prompts, drawing, encoders, unconditional)
+        self._validation = Validation(self.validation_prompts, drawing, encoders, unconditional, self.same_forwards)
         self._vae, self._reward = vae, reward
 
     @cached_property
@@ -281,13 +292,18 @@ class Run:
     @contextmanager
     def exchange(self, model: nn.Module, last: bool) -> Iterator[None]:
         """Around a forward with its backward, the phase "train": processes exchange gradients once per optimizer step,
-        in its last one."""
+        in its last one, but with `--fsdp` in each one, because none of them could keep a whole gradient."""
         with self.phase("train"), nullcontext() if last else self.accelerator.no_sync(model):
             yield
 
     def any_rank(self, value: int) -> int:
         """The largest `value` over all ranks, so that every rank takes the same turn."""
         return launching.any_rank(value, self.plan.hosts)
+
+    def same_forwards(self, count: int) -> int:
+        """How many forwards all ranks make where this one needs `count`: with `--fsdp` as many as the rank that needs
+        most, because each forward gathers weights from all of them."""
+        return self.any_rank(count) if self.args.fsdp else count
 
     @contextmanager
     def together(self, step: int, generated: Tensor | None = None) -> Iterator[None]:
@@ -436,22 +452,24 @@ class Run:
             UserError: it could not be pushed to the hub.
         """
         args = self.args
-        self.stop_if(attempt("the result", lambda: self._write_result(unet, ema)) if self.is_main else "")
+        with averaged_weights(unet, ema):
+            whole = sharding.whole_unet(unet)
+            failure = attempt("the result", lambda: self._write_result(whole)) if self.is_main else ""
+        self.stop_if(failure)
         self.close()
         if self.is_main and args.push_to_hub:
             repository = args.hub_model_id or self.output_dir.name
             publishing.push_to_hub(self.output_dir, repository, args.hub_token, args.logging_dir)
 
-    def _write_result(self, unet: UNet2DConditionModel, ema: EMAModel | None) -> None:
+    def _write_result(self, unet: UNet2DConditionModel) -> None:
         """What was trained, a whole pipeline or an adapter, written aside first, and the curve of rewards."""
         args = self.args
         with publishing.result_aside(self.output_dir) as partial:
-            with averaged_weights(unet, ema):
-                if args.use_lora:
-                    sdxl.save_lora(unet, partial)
-                else:
-                    vae = self._vae if args.pretrained_vae_model_name_or_path else None
-                    publishing.save_pipeline(self.plan.source, unet, vae, args.prediction_type, partial)
+            if args.use_lora:
+                sdxl.save_lora(unet, partial)
+            else:
+                vae = self._vae if args.pretrained_vae_model_name_or_path else None
+                publishing.save_pipeline(self.plan.source, unet, vae, args.prediction_type, partial)
             self._model_card().save(partial / "README.md")
         saved, curve = "LoRA adapter" if args.use_lora else "pipeline", self.output_dir / "reward_curve.png"
         if tracking.plot_rewards(self._log.path, curve):

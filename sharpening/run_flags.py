@@ -153,6 +153,14 @@ HARDWARE = (
         free=True,
     ),
     Flag(
+        "fsdp",
+        "weights, gradients, optimizer, average and reference lie in parts on all processes (FSDP2); full fine-tuning "
+        "in bf16 or float32",
+        bool,
+        False,
+        free=True,
+    ),
+    Flag(
         "collective_timeout_minutes",
         "with several processes: how long one waits for the others, such as while one caches data or saves",
         float,
@@ -350,8 +358,8 @@ def _check_launcher() -> None:
         ),
         (
             "ACCELERATE_USE_FSDP",
-            "FSDP is on in accelerate's config, but this script does not train a model that accelerate has sharded; "
-            "run `accelerate config` again without it, or launch with torchrun",
+            "FSDP is on in accelerate's config, but this script takes the model apart itself; run `accelerate config` "
+            "again without it, or launch with torchrun, and add --fsdp",
         ),
     ):
         require(not _is_on(variable), refusal)
@@ -359,6 +367,25 @@ def _check_launcher() -> None:
 
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true")
+
+
+def _check_fsdp(args: argparse.Namespace, precision: str | None) -> None:
+    require(
+        int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        "--fsdp needs several processes and there is one; launch with torchrun or `accelerate launch --multi_gpu`, or "
+        "leave the flag out",
+    )
+    require(
+        not args.use_lora, "--fsdp is for full fine-tuning and --use_lora trains an adapter; leave one of them out"
+    )
+    require(
+        not args.use_8bit_adam,
+        "--use_8bit_adam cannot work on weights that --fsdp keeps in parts; leave one of them out",
+    )
+    require(
+        precision != "fp16",
+        "--fsdp does not scale the loss, which --mixed_precision=fp16 needs; use --mixed_precision=bf16",
+    )
 
 
 def _check_hardware(args: argparse.Namespace) -> None:
@@ -370,6 +397,8 @@ def _check_hardware(args: argparse.Namespace) -> None:
             "--enable_npu_flash_attention needs an Ascend NPU and the torch_npu package; leave the flag out",
         )
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if args.fsdp:
+        _check_fsdp(args, precision)
     require(
         args.initial_loss_scale is None or precision == "fp16",
         "--initial_loss_scale has no effect without --mixed_precision=fp16; leave it out",

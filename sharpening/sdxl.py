@@ -1,5 +1,6 @@
 """Stable Diffusion XL as the scripts use it: load, encode, predict, decode, save."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -158,11 +159,13 @@ def load_frozen_unet(source: Source, device: torch.device, dtype: torch.dtype) -
     return unet.to(device)
 
 
-def switch_attention(unet: UNet2DConditionModel, methods: Sequence[str], dtype: torch.dtype) -> None:
+def switch_attention(
+    unet: UNet2DConditionModel, methods: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> None:
     """Switch on attention implementations of diffusers by the names of their methods, which are those of the flags.
 
-    Each is tried at once, forward and backward, with activations in `dtype`: whether there is a kernel for this card,
-    this dtype and this size of head shows only when one is asked for.
+    Each is tried at once on `device`, forward and backward, with activations in `dtype`: whether there is a kernel for
+    this card, this dtype and this size of head shows only when one is asked for.
 
     Raises:
         UserError: one cannot run here.
@@ -170,7 +173,7 @@ def switch_attention(unet: UNet2DConditionModel, methods: Sequence[str], dtype: 
     for method in methods:
         try:
             getattr(unet, method)()
-            _try_attention(unet, dtype)
+            _try_attention(unet, device, dtype)
         except Exception as error:
             raise UserError(
                 f"--{method} does not work here ({first_line(error)}); switch it off with --no-{method}, "
@@ -178,11 +181,11 @@ def switch_attention(unet: UNet2DConditionModel, methods: Sequence[str], dtype: 
             ) from error
 
 
-def _try_attention(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+def _try_attention(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtype) -> None:
     """Raise what the UNet's first attention raises for 8 tokens; leaves no gradient and draws no random number."""
-    attention = next(module for module in unet.modules() if isinstance(module, Attention))
-    states = torch.zeros(1, 8, attention.to_q.in_features, device=unet.device, requires_grad=True)
-    with torch.autocast(unet.device.type, dtype, enabled=dtype != torch.float32):
+    attention = copy.deepcopy(next(module for module in unet.modules() if isinstance(module, Attention))).to(device)
+    states = torch.zeros(1, 8, attention.to_q.in_features, device=device, requires_grad=True)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output = attention(states)
     torch.autograd.grad(output.float().sum(), states)
 

@@ -1,6 +1,7 @@
 """The score pass and the selection: which branch of every prompt earned most, and which least (eq. 8)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from sharpening.regression import masked_mean
 from sharpening.trajectory import Branches, Model, Path, Schedule, timesteps_along, walk
-from sharpening.transfer import Index, slices, take, upload
-from sharpening.waiting import beginning, wait_for_all
+from sharpening.transfer import Agree, Index, slices, take, upload
+from sharpening.waiting import Begun, beginning, wait_for_all
 
 # `judge(latents (r, ...), rows)` begins to judge r of R rows, which `rows` names; what it returns waits for their
 # total reward (r,) and its components, name -> (r,).
@@ -29,39 +30,40 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score_branches(
-    model_of: ModelOf, judge: Judge, schedule: Schedule, branches: Branches, steps: int, batch_size: int
-) -> tuple[Scores, Path]:
+    model_of: ModelOf, judge: Judge, schedule: Schedule, branches: Branches, steps: int, batch_size: int,
+    agree: Agree = int,
+) -> tuple[Scores, Path]:  # fmt: skip
     """Walk R branches without gradient, judge the clean estimate of every active step, and keep the path.
 
     `batch_size` branches are walked at a time, so activations grow neither with R nor with `steps`; two latents are
-    kept for each step of each branch. No reward is waited for before all steps are walked.
+    kept for each step of each branch. No reward is waited for, and none ends the walk by failing, before all steps are
+    walked: `agree`, as of `Run.same_forwards`, says how many.
     """
     t = timesteps_along(schedule, branches.t, steps)
     active = (t >= 0).cpu()
     judged: list[tuple[list[int], int]] = []  # (rows, k)
-    waits: list[Callable[[], Verdict]] = []  # for their rewards
+    begun = Begun()  # their rewards
     kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each slice: states, outputs, last estimates
-    with beginning(waits):
-        for rows in slices(len(t), batch_size):
-            part, x, outputs = branches.rows(rows), [], []
-            last, numbers = part.x_t, range(rows.start, rows.stop)
-            on_steps = active[rows].T.tolist()  # (steps, r)
-            for k, point in enumerate(walk(model_of(rows), schedule, part.x_t, part.t, steps)):
-                if not any(on_steps[k]):
-                    break
-                x.append(point.x)
-                outputs.append(point.output)
-                last = point.where_active(point.x0_hat, last)
-                on = [index for index, on in enumerate(on_steps[k]) if on]
+    for rows in slices(len(t), batch_size):
+        part, x, outputs = branches.rows(rows), [], []
+        last, numbers = part.x_t, range(rows.start, rows.stop)
+        on_steps = active[rows].T.tolist()  # (steps, r)
+        walked = agree(sum(map(any, on_steps)))
+        for k, point in enumerate(walk(model_of(rows), schedule, part.x_t, part.t, walked)):
+            x.append(point.x)
+            outputs.append(point.output)
+            last = point.where_active(point.x0_hat, last)
+            on = [index for index, on in enumerate(on_steps[k]) if on]
+            if on:
                 judged.append(([numbers[index] for index in on], k))
                 all_on = len(on) == len(numbers)
                 estimate = point.x0_hat if all_on else take([point.x0_hat], torch.tensor(on))[0]
-                waits.append(judge(estimate, judged[-1][0]))
-            ended = steps - len(x)  # nobody looks at the steps below t = 0
-            kept.append((torch.stack(x + x[-1:] * ended, 1), torch.stack(outputs + outputs[-1:] * ended, 1), last))
+                begun.begin(partial(judge, estimate, judged[-1][0]))
+        ended = steps - len(x)  # nobody looks at the steps below t = 0
+        kept.append((torch.stack(x + x[-1:] * ended, 1), torch.stack(outputs + outputs[-1:] * ended, 1), last))
     x, outputs, last = map(torch.cat, zip(*kept, strict=True))
     path = Path(x, upload(t.clamp(min=0), x.device), active, outputs)
-    return Scores(*_collect(judged, waits, active.shape), active, last), path
+    return Scores(*_collect(judged, begun.wait(), active.shape), active, last), path
 
 
 @torch.no_grad()
@@ -73,15 +75,15 @@ def begin_samples(judge: Judge, x_0: Tensor, batch_size: int) -> Callable[[], Sc
         for part in slices(len(x_0), batch_size):
             judged.append((list(range(part.start, part.stop)), 0))
             waits.append(judge(x_0[part], judged[-1][0]))
-    return lambda: Scores(*_collect(judged, waits, active.shape), active, x_0)
+    return lambda: Scores(*_collect(judged, wait_for_all(waits), active.shape), active, x_0)
 
 
 def _collect(
-    judged: Sequence[tuple[list[int], int]], waits: Sequence[Callable[[], Verdict]], shape: tuple[int, int]
+    judged: Sequence[tuple[list[int], int]], verdicts: Sequence[Verdict], shape: tuple[int, int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Wait for the rewards of (rows, step): all of them and their components as tensors of `shape` (R, m)."""
+    """The rewards of (rows, step): all of them and their components as tensors of `shape` (R, m)."""
     rewards, components = torch.zeros(shape), {}
-    for (rows, k), (total, parts) in zip(judged, wait_for_all(waits), strict=True):
+    for (rows, k), (total, parts) in zip(judged, verdicts, strict=True):
         rewards[rows, k] = total
         for name, values in parts.items():
             components.setdefault(name, torch.full(shape, torch.nan))[rows, k] = values

@@ -1,11 +1,12 @@
 """Between host and device without waiting: copies of what the host knows, and rows that the host chose."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 Index = Tensor | slice  # of rows: a tensor on the CPU, or neighbours, which cost no copy
+Agree = Callable[[int], int]  # how many forwards all processes make where this one needs so many
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

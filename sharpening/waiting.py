@@ -2,9 +2,32 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class Begun:
+    """Work begun one after the other, in between of which something must go on even if some of it fails."""
+
+    def __init__(self) -> None:
+        self._waits: list[Callable[[], Any]] = []
+        self._failure: Exception | None = None
+
+    def begin(self, work: Callable[[], Callable[[], Any]]) -> None:
+        """Begin work, unless some has failed to begin; what `work()` returns waits for its result."""
+        if self._failure is None:
+            try:
+                self._waits.append(work())
+            except Exception as error:
+                self._failure = error
+
+    def wait(self) -> list[Any]:
+        """All results. The first exception is raised when all work has ended."""
+        with beginning(self._waits):
+            if self._failure is not None:
+                raise self._failure
+        return wait_for_all(self._waits)
 
 
 def wait_for_all(waits: Sequence[Callable[[], T]]) -> list[T]:

@@ -15,8 +15,10 @@ from accelerate.logging import get_logger
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from sharpening import sharding
 from sharpening.errors import UserError
 from sharpening.files import heed_umask
 from sharpening.running.validation import averaged_weights
@@ -115,6 +117,7 @@ def warn_of_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 def register_checkpointing(
     accelerator: Accelerator,
     unet: UNet2DConditionModel,
+    optimizer: Optimizer,
     ema: EMAModel | None,
     lr_scheduler: LRScheduler,
     pending: list[dict[str, Any]] | None = None,
@@ -126,21 +129,34 @@ def register_checkpointing(
     `pipe.load_lora_weights` reads. `pending` is what each process on its own still has to use, made by weights that
     are gone, such as latents (`--generation_reuse`); `shared` is what all of them have alike, such as a reference
     (`--rounds`). They are read back into that same list and dictionary, on the CPU.
+
+    What lies in parts on several processes is gathered before the main one writes anything, so that no process waits
+    for one that could not write.
     """
     lora = hasattr(unet, "peft_config")
 
     def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         weights.clear()  # accelerate would otherwise write a second copy of them
+        whole = sharding.whole_unet(unet)
+        average = None if ema is None or lora else sharding.whole_average(ema)
+        common = {name: sharding.whole_list(value) for name, value in (shared or {}).items()}
+        try:
+            write(whole, average, common, output_dir)
+        except Exception:
+            optimizer.state_dict()  # the other processes wait for this one's part of it
+            raise
+
+    def write(whole: UNet2DConditionModel, average: EMAModel | None, common: dict[str, Any], output_dir: str) -> None:
         if pending:
             torch.save(pending, os.path.join(output_dir, PENDING_FILE.format(accelerator.process_index)))
         if not accelerator.is_main_process:
             return
-        if shared:
-            torch.save(shared, os.path.join(output_dir, SHARED_FILE))
+        if common:
+            torch.save(common, os.path.join(output_dir, SHARED_FILE))
         if not lora:
-            unet.save_pretrained(os.path.join(output_dir, "unet"))
-            if ema is not None:
-                ema.save_pretrained(os.path.join(output_dir, "unet_ema"))
+            whole.save_pretrained(os.path.join(output_dir, "unet"))
+            if average is not None:
+                average.save_pretrained(os.path.join(output_dir, "unet_ema"))
             return
         save_lora(unet, os.path.join(output_dir, "lora"))
         if ema is not None:
@@ -163,7 +179,7 @@ def register_checkpointing(
             load_lora(unet, os.path.join(input_dir, "lora"))
         else:
             saved = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet", dtype=torch.float32)
-            unet.load_state_dict(saved.state_dict())
+            sharding.load_whole(unet, saved)
         if ema is None:
             return
         folder = os.path.join(input_dir, "lora_ema" if lora else "unet_ema")
@@ -173,7 +189,9 @@ def register_checkpointing(
             state = torch.load(os.path.join(folder, EMA_STATE_FILE), map_location="cpu", weights_only=True)
             ema.load_state_dict(state)
         else:
-            ema.load_state_dict(EMAModel.from_pretrained(folder, UNet2DConditionModel).state_dict())
+            state = EMAModel.from_pretrained(folder, UNet2DConditionModel).state_dict()
+            state["shadow_params"] = [*map(sharding.part, state["shadow_params"], ema.shadow_params)]
+            ema.load_state_dict(state)
         ema.to(accelerator.device)
 
     accelerator.register_for_checkpointing(lr_scheduler)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sharpening.regression import Preference, squared_error
 from sharpening.selection import Scores, Selection
@@ -24,6 +25,8 @@ class Means:
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Count `values` of any shape, where `mask` of that shape, bool on the CPU, is True."""
+        # The norm of a gradient that lies in parts is in parts, too.
+        values = values.full_tensor() if isinstance(values, DTensor) else values
         self._added.append((name, values.detach(), mask))
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:

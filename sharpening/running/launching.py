@@ -113,27 +113,32 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def memory_held(parameters: tuple[int, int], half: bool, adam_8bit: bool, ema: bool, reference: bool) -> str:
+def memory_held(
+    parameters: tuple[int, int], half: bool, adam_8bit: bool, ema: bool, reference: bool, parts: int = 1
+) -> str:
     """An estimate of what is resident in a process: the UNet's weights and their copies in half precision, which
     autocast keeps during a pass, gradients, the optimizer's states, the average and a frozen copy as the reference.
-    parameters: how many the UNet has, and how many of them train.
+    parameters: how many the UNet has, and how many of them train. parts: of how many processes each holds one part of
+    all that (`--fsdp`); then the copies are those of a block, for its forward.
 
     The buckets in which several processes exchange gradients are views of the gradients and take nothing. What is left
     out is said; none of it grows with n or m.
     """
-    total, trained = parameters
+    total, trained = (count / parts for count in parameters)
     frozen_bytes = 2 if half else 4
     held = {
         "weights": (total - trained) * frozen_bytes + trained * 4,
-        "autocast": trained * 2 * half,
+        "autocast": trained * 2 * (half and parts == 1),
         "gradients": trained * 4,
         "Adam": trained * (2 if adam_8bit else 8),
         "EMA": trained * 4 * ema,
         "reference": total * frozen_bytes * reference,
     }
-    parts = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
+    listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
     left_out = "activations, the VAE, the reward model, validation's images and what the GPU's driver takes"
-    return f"{sum(held.values()) / 2**30:.2f} GiB per process ({parts}), without {left_out}"
+    if parts > 1:
+        left_out = f"the block that is gathered, {left_out}"
+    return f"{sum(held.values()) / 2**30:.2f} GiB per process ({listed}), without {left_out}"
 
 
 def as_plan(lines: Mapping[str, str]) -> str:

@@ -57,5 +57,6 @@ def restart(optimizer: Optimizer, lr_scheduler: LRScheduler, first_rates: Mappin
 
 def restart_average(ema: EMAModel, parameters: list[Parameter]) -> None:
     """Put the average into the parameters, and begin to average anew from there."""
-    ema.copy_to(parameters)
+    for parameter, average in zip(parameters, ema.shadow_params, strict=True):
+        parameter.data.copy_(average)
     ema.optimization_step = 0

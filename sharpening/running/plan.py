@@ -122,7 +122,9 @@ class Plan:
             "decodes per step": f"{cost['decode']:g}, per process",
             "steps": f"{self.num_steps}, {self.steps_per_epoch} per epoch, "
             f"{self.num_steps / self.steps_per_epoch:.2f} epochs",
-            "memory held": launching.memory_held(parameters, half, args.use_8bit_adam, args.use_ema, frozen),
+            "memory held": launching.memory_held(
+                parameters, half, args.use_8bit_adam, args.use_ema, frozen, self.world_size if args.fsdp else 1
+            ),
             "output": args.output_dir,
         }
         print(launching.as_plan(lines), flush=True)

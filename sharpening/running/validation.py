@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,10 @@ from tqdm.auto import tqdm
 from sharpening import sdxl
 from sharpening.draws import draw_generator
 from sharpening.rewards.calling import Reward
+from sharpening.sharding import local
 from sharpening.trajectory import Schedule, generate
+from sharpening.transfer import Agree
+from sharpening.waiting import Begun
 
 
 @contextmanager
@@ -38,7 +42,7 @@ def _exchange(some: Iterable[Tensor], others: Iterable[Tensor]) -> None:
 
     The tensors stay where they are: an optimizer, a wrapper or a compiled forward may hold on to their memory.
     """
-    for one, other in zip(some, others, strict=True):
+    for one, other in zip(map(local, some), map(local, others), strict=True):
         kept = one.clone()
         one.copy_(other)
         other.copy_(kept)
@@ -75,9 +79,11 @@ class Validation:
     """Prompts embedded once, so that the text encoders can be freed before training starts."""
 
     def __init__(
-        self, prompts: Sequence[str], drawing: Drawing, encoders: sdxl.TextEncoders, unconditional: sdxl.Unconditional
-    ):
-        self.drawing, self.unconditional = drawing, unconditional
+        self, prompts: Sequence[str], drawing: Drawing, encoders: sdxl.TextEncoders, unconditional: sdxl.Unconditional,
+        agree: Agree = int,
+    ):  # fmt: skip
+        """agree: as of `Run.same_forwards`."""
+        self.drawing, self.unconditional, self._agree = drawing, unconditional, agree
         self.prompts = [prompt for prompt in prompts for _ in range(drawing.images_per_prompt)]
         self.embeddings = {prompt: encoders.encode([prompt]) for prompt in dict.fromkeys(prompts)}
 
@@ -103,12 +109,13 @@ class Validation:
         Raises:
             RewardError: an image could not be scored.
         """
-        drawing, drawn = self.drawing, []
+        drawing, drawn, judged = self.drawing, [], Begun()
         shape = sdxl.latent_shape(vae, drawing.resolution)
         own = self.slices[accelerator.process_index :: accelerator.num_processes]
+        idle = self.slices[:1] * (self._agree(len(own)) - len(own))  # drawn for their forwards, and thrown away
         unet.eval()
         with averaged_weights(unet, ema), accelerator.autocast():  # one, so that the weights are converted once
-            for indices in tqdm(own, desc="validation", leave=False, disable=not accelerator.is_main_process):
+            for indices in tqdm(own + idle, desc="validation", leave=False, disable=not accelerator.is_main_process):
                 prompts = [self.prompts[index] for index in indices]
                 embeds, pooled = (torch.cat(part) for part in zip(*map(self.embeddings.get, prompts), strict=True))
                 time_ids = sdxl.default_time_ids(len(prompts), drawing.resolution, embeds.device)
@@ -116,10 +123,12 @@ class Validation:
                 model = sdxl.branch_model(unet, condition, self.unconditional, drawing.guidance_scale)
                 noise = [torch.randn(shape, generator=self._generator(index)) for index in indices]
                 latents = generate(model, schedule, torch.stack(noise).to(embeds.device))
-                images = sdxl.decode_latents(vae, latents, drawing.decode_batch_size).cpu()
-                drawn.append(((images * 255).round().to(torch.uint8), reward.get_reward(images, prompts)))
+                if len(drawn) < len(own):
+                    images = sdxl.decode_latents(vae, latents, drawing.decode_batch_size).cpu()
+                    drawn.append((images * 255).round().to(torch.uint8))
+                    judged.begin(partial(reward.begin, images, prompts))
         unet.train()
-        return drawn
+        return [(images, scores) for images, (scores, _) in zip(drawn, judged.wait(), strict=True)]
 
     def _generator(self, index: int) -> torch.Generator:
         """Of the noise of an image, whoever draws it."""

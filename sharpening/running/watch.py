@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sharpening.sharding import local
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,7 +28,7 @@ class Watch:
 
     @staticmethod
     def _entries(parameters: Sequence[Tensor]) -> list[Tensor]:
-        return [parameter.detach().flatten()[:64].clone() for parameter in parameters]
+        return [local(parameter.detach()).flatten()[:64].clone() for parameter in parameters]
 
     def check(self, metrics: Mapping[str, float], parameters: Sequence[Tensor]) -> None:
         """Look at a finished optimizer step: its metrics, and the parameters after it."""

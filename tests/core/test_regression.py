@@ -103,3 +103,15 @@ def test_min_snr_weighs_errors_by_their_own_timestep(branches, path):
     expected = plain * schedule.min_snr_weight(path.t.flatten(), 5.0).view(3, 3)
     torch.testing.assert_close(weighted, expected)
     assert not torch.allclose(weighted, plain)
+
+
+def test_slices_that_only_other_processes_need_weigh_nothing(regression, branches):
+    path = walk_path(lambda rows: Model(lambda x, t: x), regression.schedule, branches, 3, 3, outputs=False)
+    rows = regression.rows(branches, path, condition_of(3), torch.ones(3, 3, dtype=torch.double))
+    assert len(rows.x) == 6
+    alone = rows.split(4)
+    agreed = rows.split(4, lambda count: count + 2)
+    assert len(alone) == 2 and len(agreed) == 4
+    x = torch.ones(())
+    assert sum(part.loss(part.x * x) for part in agreed) == sum(part.loss(part.x * x) for part in alone)
+    assert all(len(part.x) == len(part.condition.embeds) == 1 and not part.weight.any() for part in agreed[2:])

@@ -61,7 +61,7 @@ def test_attention_without_a_kernel_is_refused_when_it_is_switched_on(adapter, w
     with pytest.raises(
         UserError, match=f"{said}switch it off with --no-enable_xformers_memory_efficient_att"
     ) as caught:
-        sdxl.switch_attention(unet, ["enable_xformers_memory_efficient_attention"], torch.float32)
+        sdxl.switch_attention(unet, ["enable_xformers_memory_efficient_attention"], CPU, torch.float32)
     assert "\n" not in str(caught.value)
 
 
@@ -73,7 +73,7 @@ def test_attention_that_works_is_tried_without_a_trace(dtype, world):
         projection = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
         hook = projection.register_forward_hook(lambda module, inputs, output: tried.append(output.dtype))
         state = torch.get_rng_state()
-        sdxl.switch_attention(unet, ["enable_plain_attention"], dtype)
+        sdxl.switch_attention(unet, ["enable_plain_attention"], CPU, dtype)
         hook.remove()
         assert torch.equal(torch.get_rng_state(), state)
         assert all(parameter.grad is None for parameter in unet.parameters())

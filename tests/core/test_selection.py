@@ -91,6 +91,49 @@ def test_scoring_in_slices_equals_scoring_at_once_and_never_mixes_prompts(batch_
             assert scores.rewards[row, k].item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_all_processes_walk_as_far_as_the_one_whose_branches_are_longest():
+    schedule, forwards = Schedule.from_config(SDXL, 25), []
+
+    def predict(x, t):
+        forwards.append(t.tolist())
+        return x / 2
+
+    def judge(latents, rows):
+        verdict = latents.mean((1, 2, 3)), {}
+        return lambda: verdict
+
+    branches = Branches.begin(schedule, *torch.randn(2, 4, 2, 2, 2), torch.tensor([50, 30, 500, 60]))
+    alone, path = score_branches(lambda rows: Model(predict), judge, schedule, branches, 3, 2)
+    assert len(forwards) == 2 + 3
+    agreed = []
+    scores, longer = score_branches(
+        lambda rows: Model(predict), judge, schedule, branches, 3, 2, lambda count: agreed.append(count) or 3
+    )
+    assert agreed == [2, 3] and len(forwards) == 5 + 6
+    assert torch.equal(scores.rewards, alone.rewards) and torch.equal(scores.last_estimate, alone.last_estimate)
+    for left, right in ((path.x, longer.x), (path.output, longer.output)):
+        assert torch.equal(left[path.active], right[path.active])
+
+
+def test_reward_that_fails_ends_no_walk_and_is_asked_no_more():
+    schedule, events = Schedule.from_config(SDXL, 25), []
+
+    def predict(x, t):
+        events.append("forward")
+        return x
+
+    def judge(latents, rows):
+        events.append("begin")
+        if len(events) > 3:
+            raise OSError("no more")
+        return lambda: events.append("wait")
+
+    branches = Branches.begin(schedule, *torch.randn(2, 4, 2, 2, 2), torch.full((4,), 500))
+    with pytest.raises(OSError, match="no more"):
+        score_branches(lambda rows: Model(predict), judge, schedule, branches, 3, batch_size=2)
+    assert events == ["forward", "begin"] * 2 + ["forward"] * 4 + ["wait"]
+
+
 def test_no_reward_is_waited_for_before_every_step_is_walked():
     schedule, events = Schedule.from_config(SDXL, 25), []
 

@@ -154,6 +154,9 @@ def test_memory_held_counts_the_copies_of_autocast_and_says_what_it_leaves_out()
     lora = launching.memory_held((2**30, 2**29), half=True, adam_8bit=False, ema=False, reference=False)
     assert "weights 3.00 + autocast 1.00" in lora  # frozen weights are in half precision already
     assert "autocast" not in launching.memory_held((2**30, 2**30), False, False, False, False)
+    parts = launching.memory_held((2**30, 2**30), half=True, adam_8bit=False, ema=True, reference=True, parts=4)
+    assert parts.startswith("5.50 GiB") and "weights 1.00 + gradients 1.00 + Adam 2.00 + EMA 1.00" in parts
+    assert "without the block that is gathered, activations" in parts
 
 
 def test_dry_run_does_not_wait_for_the_models_code_to_be_imported(method, flags):

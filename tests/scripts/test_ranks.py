@@ -160,7 +160,28 @@ def test_engines_of_accelerates_config_are_refused(name, train, flags, monkeypat
     assert train(flags()) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {name} is on in accelerate's config") and "accelerate config" in error
+    assert ("--fsdp" in error) == (name == "FSDP")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "words"),
+    [
+        ({}, "1", ["--fsdp needs several processes", "torchrun", "leave the flag out"]),
+        ({"use_lora": True}, "2", ["--fsdp is for full fine-tuning", "--use_lora", "leave one of them out"]),
+        ({"use_8bit_adam": True}, "2", ["--use_8bit_adam cannot work", "--fsdp", "leave one of them out"]),
+        ({"mixed_precision": "fp16"}, "2", ["--mixed_precision=fp16", "use --mixed_precision=bf16"]),
+    ],
+    ids=["one process", "LoRA", "8-bit Adam", "fp16"],
+)
+def test_fsdp_refuses_what_it_cannot_take_apart(
+    changes, processes, words, train, flags, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    assert train(flags(fsdp=True, **changes)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("no_result")
