@@ -1,7 +1,7 @@
 """A UNet that lies in parts on several processes (`--fsdp`): how it is taken apart, and how parts become wholes.
 
-The parts are those of torch's `fully_shard` (FSDP2): each process holds a slice of every weight, as a DTensor, and so of
-its gradient, of the optimizer's states and of its average. A forward gathers one block at a time.
+The parts are those of torch's `fully_shard` (FSDP2): each process holds a slice of every weight, as a DTensor, and so
+of its gradient, of the optimizer's states and of its average. A forward gathers one block at a time.
 """
 
 import copy
@@ -24,9 +24,9 @@ GATHERED_AT_ONCE = (BasicTransformerBlock, ResnetBlock2D)
 def shard(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """Take a UNet, the same on every process, apart, in place; each keeps its part on its device.
 
-    A block is gathered in `dtype` for its forward and again for its backward, and let go after each; what belongs to no
-    block is gathered for the whole forward. Gradients are averaged over the processes in float32, as DDP averages them,
-    in each backward.
+    A block is gathered in `dtype` for its forward and again for its backward, and let go after each; what belongs to
+    no block is gathered for the whole forward. In each backward the gradients are averaged over the processes, in
+    float32, as DDP averages them.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # Inputs stay as they are: time_ids, in pixels, would be rounded.
@@ -45,8 +45,8 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered onto the CPU, on the first process; on others, which must call this too, nothing is left of it.
-    What is whole already stays as it is."""
+    """A tensor gathered onto the CPU, on the first process; on others, which must call this too, nothing is left of
+    it. What is whole already stays as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
     full = tensor.full_tensor()

@@ -16,7 +16,6 @@ from tests.support.runs import ROOT, SCRIPTS, metrics, same_tensors, without_spe
 
 RANK = ROOT / "tests" / "support" / "rank.py"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-# The third prompt is validated by nobody but rank 0, the fourth cannot be judged on rank 1.
 FAILING_REWARD = """
 import os
 
@@ -27,8 +26,7 @@ def failing(images, prompts):
 """
 STEPS = 5
 SHORT = 3
-# Slices of odd sizes, branches that end below t = 0 before others do, and validation images that two ranks cannot share
-# evenly.
+# Slices of odd sizes, branches that end below t = 0 before others do, validation images that two ranks cannot share.
 OPTIONS = {
     "SFT": {
         "infer_steps": 5, "score_batch_size": 3, "train_rows": 4, "use_ema": True, "validation_steps": 3,

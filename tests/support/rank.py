@@ -1,7 +1,7 @@
 """One of two ranks on which command lines run one after the other: `python rank.py FILE`, RANK and WORLD_SIZE set.
 
-FILE holds a JSON list of {"script", "command", "port", "file_limit"}, where file_limit is null or the bytes that rank 0
-may write into a file. Each line runs in a fork of this process, which has imported everything by then. What the rank
+FILE holds a JSON list of {"script", "command", "port", "file_limit"}, where file_limit is null or the bytes that rank
+0 may write into a file. Each line runs in a fork of this process, which has imported everything by then. What the rank
 did is appended to FILE.RANK, a JSON object a line: its status, how often the UNet ran, the number of elements of all
 weights, and how many of them, of their gradients and of the optimizer's states lie here.
 """
@@ -14,8 +14,6 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import UNet2DConditionModel
 
@@ -75,5 +73,4 @@ def main(file):
 
 
 if __name__ == "__main__":
-    Accelerator, torch  # imported for the forks
     main(sys.argv[1])
