@@ -204,16 +204,16 @@ def main(args: argparse.Namespace) -> int:
     run.start_trackers()
 
     # ----------------------------------------------------------------------------------------- MODELS AND DATA
-    vae, reward_decoder = run.load_decoders()
-    unet = run.load_unet()
-    reference = run.load_reference(unet)
+    vae, reward_decoder = run.models.decoders()
+    unet = run.models.unet()
+    reference = run.models.reference(unet)
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
     generation = Generation()
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, generation.made)
     regression = Regression(schedule, args.branch_target, args.snr_gamma)
 
-    encoders, unconditional = run.load_text_encoders()
+    encoders, unconditional = run.models.text_encoders()
     run.validate_with(encoders, unconditional, vae, reward)
     data = cache_embeddings(prompt_data.dataset, encode_prompts=encoders.encode, **run.cache_options())
     del encoders

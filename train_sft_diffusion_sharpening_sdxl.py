@@ -110,14 +110,14 @@ def main(args: argparse.Namespace) -> int:
     run.start_trackers()
 
     # ----------------------------------------------------------------------------------------- MODELS AND DATA
-    vae, reward_decoder = run.load_decoders()
-    unet = run.load_unet()
+    vae, reward_decoder = run.models.decoders()
+    unet = run.models.unet()
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
     regression = Regression(schedule, args.branch_target, args.snr_gamma)
 
-    encoders, unconditional = run.load_text_encoders()
+    encoders, unconditional = run.models.text_encoders()
     run.validate_with(encoders, unconditional, vae, reward)
     data = cache_latents_and_embeddings(
         images,

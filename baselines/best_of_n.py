@@ -118,15 +118,15 @@ def main(args: argparse.Namespace) -> int:
     run.start_trackers()
 
     # ----------------------------------------------------------------------------------------- MODELS AND DATA
-    vae, reward_decoder = run.load_decoders()
-    unet = run.load_unet()
-    base = run.load_reference(unet) if of_base else None
+    vae, reward_decoder = run.models.decoders()
+    unet = run.models.unet()
+    base = run.models.reference(unet) if of_base else None
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
     regression = Regression(schedule, snr_gamma=args.snr_gamma)
 
-    encoders, unconditional = run.load_text_encoders()
+    encoders, unconditional = run.models.text_encoders()
     run.validate_with(encoders, unconditional, vae, reward)
     data = cache_embeddings(prompt_data.dataset, encode_prompts=encoders.encode, **run.cache_options())
     del encoders

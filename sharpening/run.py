@@ -18,7 +18,7 @@ import torch
 import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast, set_seed
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
@@ -32,10 +32,9 @@ from sharpening import flags, sdxl, sharding
 from sharpening.data.encoding_cache import CachedData, collate
 from sharpening.draws import Draws, DrawSampler, timestep_probabilities
 from sharpening.errors import Stop, require
-from sharpening.model_source import Source, text_identity
-from sharpening.reference import Reference
 from sharpening.rewards.calling import Reward, RewardError
 from sharpening.running import checkpoints, launching, optimization, publishing, tracking
+from sharpening.running.models import Models
 from sharpening.running.plan import Plan
 from sharpening.running.signals import StopSignal
 from sharpening.running.validation import Drawing, Validation, averaged_weights, read_validation_prompts
@@ -52,6 +51,7 @@ class Run:
 
     Attributes:
         accelerator, device: of this process.
+        models: to load.
         start_step: how many optimizer steps an earlier launch has finished.
     """
 
@@ -63,7 +63,7 @@ class Run:
         """
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.disable_progress_bar()  # the run has its own
-        self.plan, self.args, self.output_dir = plan, plan.args, plan.output_dir
+        self.plan, self.args, self.output_dir, self.models = plan, plan.args, plan.output_dir, Models(plan)
         self.accelerator, self.device, self.is_main = plan.accelerator, plan.device, plan.is_main
         args = self.args
         self._checkpoint = checkpoints.prepare_output(self.accelerator, self.output_dir, args.resume_from_checkpoint)
@@ -107,50 +107,6 @@ class Run:
         """
         config = {"method": self.plan.method.name, **flags.public(self.args, self.plan.groups)}
         tracking.start_trackers(self.accelerator, config, self.run_id, self.args.report_to)
-
-    @cached_property
-    def vae_source(self) -> tuple[Source, str | None]:
-        """The source of the training VAE and the subfolder it lies in."""
-        name = self.args.pretrained_vae_model_name_or_path
-        if name is None:
-            return self.plan.source, "vae"
-        return Source("pretrained_vae_model_name_or_path", name, cache_dir=self.args.cache_dir), None
-
-    def load_decoders(self) -> tuple[AutoencoderKL, AutoencoderKL | AutoencoderTiny]:
-        """The training VAE, and what decodes for the reward: `--reward_vae`, or the VAE itself."""
-        vae = sdxl.load_decoder(*self.vae_source, self.device, self.plan.weight_dtype)
-        if not self.args.reward_vae:
-            return vae, vae
-        source = Source("reward_vae", self.args.reward_vae, cache_dir=self.args.cache_dir)
-        return vae, sdxl.load_decoder(source, None, self.device, self.plan.weight_dtype)
-
-    def load_unet(self) -> UNet2DConditionModel:
-        """The UNet that trains, with the memory flags applied."""
-        args = self.args
-        lora = sdxl.lora_config(args.lora_rank, args.lora_alpha) if args.use_lora else None
-        unet = sdxl.load_unet(self.plan.source, self._loaded_on, self.plan.weight_dtype, lora)
-        if args.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        return self._as_it_runs(unet)
-
-    def load_reference(self, unet: UNet2DConditionModel) -> Reference:
-        """The UNet as it is before training; with LoRA that needs no copy of it."""
-        if self.args.use_lora:
-            return Reference(unet, None)
-        frozen = sdxl.load_frozen_unet(self.plan.source, self._loaded_on, self.plan.weight_dtype)
-        return Reference(unet, self._as_it_runs(frozen))
-
-    @property
-    def _loaded_on(self) -> torch.device:
-        """Where a UNet is before `_as_it_runs`: the device need not have room for one that lies in parts."""
-        return torch.device("cpu") if self.args.fsdp else self.device
-
-    def _as_it_runs(self, unet: UNet2DConditionModel) -> UNet2DConditionModel:
-        """With the attention that the flags name and, with `--fsdp`, in parts on all processes."""
-        names = ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention")
-        attention = [name for name in names if getattr(self.args, name)]
-        sdxl.switch_attention(unet, attention, self.device, self.plan.weight_dtype)
-        return sharding.shard(unet, self.device, self.plan.weight_dtype) if self.args.fsdp else unet
 
     def make_optimizer(
         self, unet: UNet2DConditionModel, rounds: int = 1
@@ -201,11 +157,6 @@ class Run:
             self.accelerator.load_state(str(self._checkpoint))
         return model, optimizer
 
-    def load_text_encoders(self) -> tuple[sdxl.TextEncoders, sdxl.Unconditional]:
-        """The text encoders and what stands for no prompt."""
-        encoders = sdxl.TextEncoders.load(self.plan.source, self.device, self.plan.weight_dtype)
-        return encoders, sdxl.unconditional_embedding(self.plan.source, encoders)
-
     def validate_with(
         self, encoders: sdxl.TextEncoders, unconditional: sdxl.Unconditional, vae: AutoencoderKL, reward: Reward | None
     ) -> None:
@@ -228,12 +179,8 @@ class Run:
 
     def cache_options(self, images: bool = False) -> dict[str, Any]:
         """How embeddings, and latents of images, are cached, as `sharpening.data.encoding_cache` takes it."""
-        source, subfolder = self.vae_source
-        key = {"text": text_identity(self.plan.source)} | (
-            {"vae": source.identity(subfolder or ".")} if images else {}
-        )
         return {
-            "key": key, "seed": self.args.seed, "batch_size": self.args.decode_batch_size,
+            "key": self.models.identity(images), "seed": self.args.seed, "batch_size": self.args.decode_batch_size,
             "cache_dir": self.args.cache_dir, "dtype": self.plan.weight_dtype,
         }  # fmt: skip
 
