@@ -159,7 +159,9 @@ def main(args: argparse.Namespace) -> int:
                 path = walk_path(walking.rows, schedule, branches, m, args.score_batch_size, outputs=False)
         else:
             with run.together(step), accelerator.autocast():
-                scores, path = score_branches(walking.rows, judge, schedule, branches, m, args.score_batch_size)
+                scores, path = score_branches(
+                    walking.rows, judge, schedule, branches, m, args.score_batch_size, outputs=False
+                )
 
             # ------------------------------------------------------------------------------------------ SELECT
             selection = select(scores.rewards, scores.active, n)
