@@ -160,7 +160,7 @@ def main(args: argparse.Namespace) -> int:
         else:
             with run.together(step), accelerator.autocast():
                 scores, path = score_branches(
-                    walking.rows, judge, schedule, branches, m, args.score_batch_size, run.same_forwards
+                    walking.rows, judge, schedule, branches, m, args.score_batch_size, run.same_forwards, outputs=False
                 )
 
             # ------------------------------------------------------------------------------------------ SELECT

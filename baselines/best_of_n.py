@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> int:
             keys = kept.keys(batch["draw"].tolist(), prompts)
             with torch.no_grad(), run.phase("generation"), base.unet() as frozen, accelerator.autocast():
                 drawing = sdxl.Denoiser(frozen, condition, unconditional, args.guidance_scale)
-                kept.draw(keys, drawing, schedule, args.generation_batch_size)
+                kept.draw(keys, drawing, schedule, args.generation_batch_size, run.same_forwards)
             x_0 = upload(kept.latents(keys), device)  # (P * n, 4, h, w)
 
         # ----------------------------------------------------------------------------------------------- SCORE

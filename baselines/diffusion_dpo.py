@@ -174,7 +174,7 @@ def main(args: argparse.Namespace) -> int:
         unet.eval()
         with torch.no_grad(), run.phase("generation"), reference.unet() as frozen, accelerator.autocast():
             drawing = sdxl.Denoiser(frozen, condition, unconditional, args.guidance_scale)
-            samples.draw(keys, drawing, schedule, args.generation_batch_size)
+            samples.draw(keys, drawing, schedule, args.generation_batch_size, run.same_forwards)
         x_0 = upload(samples.latents(keys), device)  # (P * n, 4, h, w)
 
         # ----------------------------------------------------------------------------------------------- SCORE

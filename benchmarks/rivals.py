@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn.functional import mse_loss
+from torch.optim import Optimizer
 
 from benchmarks import naive
 from benchmarks.models import TINY_DECODER
@@ -17,6 +20,11 @@ from sharpening.model_source import Source
 from sharpening.running.optimization import make_adam
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PARTS = {  # what each rival needs
+    "naive": ("unet", "optimizer", "reference", "vae"),
+    "plain": ("unet", "optimizer"),
+    "branch_step": ("unet", "decoder"),
+}
 
 
 def random_condition(unet: UNet2DConditionModel, rows: int, resolution: int) -> sdxl.Condition:
@@ -29,34 +37,66 @@ def random_condition(unet: UNet2DConditionModel, rows: int, resolution: int) -> 
 
 
 class Rivals:
-    """The same step by other means, on a UNet of their own; a batch is random, of the script's shapes."""
+    """The same step by other means, on a UNet of their own; a batch is random, of the script's shapes.
+
+    What a rival needs is made when it is first used, so whether there is memory for it shows in its own first step.
+    """
 
     def __init__(self, setting: Setting, folder: Path) -> None:
         """`folder` holds the pipeline and the small decoder that `benchmarks.models.write_pipeline` wrote."""
-        self.setting = setting
+        self.setting, self._folder = setting, folder
         self.device = torch.device(
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         )
         self.dtype = DTYPES[setting.mixed_precision]
-        source = Source("pretrained_model_name_or_path", str(folder))
-        adapter = sdxl.lora_config(16, None) if setting.use_lora else None
-        self.unet = sdxl.load_unet(source, self.device, self.dtype, adapter)
-        if setting.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        self.reference = None
-        if setting.method == "rlhf":
-            self.reference = sdxl.load_frozen_unet(source, self.device, self.dtype)
-        vae = sdxl.load_decoder(source, "vae", self.device, torch.float32)
-        self.vae = vae.to(memory_format=torch.contiguous_format)  # as a library loads it
-        small = Source("reward_vae", str(folder / TINY_DECODER))
-        decoder = (small, None) if setting.decoder == "tiny" else (source, "vae")
-        self.decoder = sdxl.load_decoder(*decoder, self.device, self.dtype)
-        self.parameters = sdxl.trainable_parameters(self.unet)
-        self.optimizer = make_adam(self.parameters, setting.use_8bit_adam, scaled=False, lr=LEARNING_RATE)
-        self.scheduler = DDIMScheduler.from_config(source.read_json("scheduler/scheduler_config.json"))
+        self._source = Source("pretrained_model_name_or_path", str(folder))
+        self.scheduler = DDIMScheduler.from_config(self._source.read_json("scheduler/scheduler_config.json"))
         self.scheduler.set_timesteps(INFER_STEPS)
-        self.shape = sdxl.latent_shape(self.vae, setting.resolution)
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(self._source.read_json("vae/config.json"))
+        self.shape = sdxl.latent_shape(vae, setting.resolution)
         self.generator = torch.Generator().manual_seed(0)
+
+    @cached_property
+    def unet(self) -> UNet2DConditionModel:
+        """The UNet that trains, of all rivals."""
+        adapter = sdxl.lora_config(16, None) if self.setting.use_lora else None
+        unet = sdxl.load_unet(self._source, self.device, self.dtype, adapter)
+        if self.setting.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """Of the weights that train."""
+        parameters = sdxl.trainable_parameters(self.unet)
+        return make_adam(parameters, self.setting.use_8bit_adam, scaled=False, lr=LEARNING_RATE)
+
+    @cached_property
+    def reference(self) -> UNet2DConditionModel | None:
+        """What RLHF compares with."""
+        if self.setting.method != "rlhf":
+            return None
+        return sdxl.load_frozen_unet(self._source, self.device, self.dtype)
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """What the literal reading decodes with, as a library loads it."""
+        vae = sdxl.load_decoder(self._source, "vae", self.device, torch.float32)
+        return vae.to(memory_format=torch.contiguous_format)
+
+    @cached_property
+    def decoder(self) -> AutoencoderKL | AutoencoderTiny:
+        """What the script decodes with."""
+        small = Source("reward_vae", str(self._folder / TINY_DECODER))
+        decoder = (small, None) if self.setting.decoder == "tiny" else (self._source, "vae")
+        return sdxl.load_decoder(*decoder, self.device, self.dtype)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Let go what none of the named rivals needs."""
+        needed = {part for name in names for part in PARTS[name]}
+        for part in {part for parts in PARTS.values() for part in parts} - needed:
+            self.__dict__.pop(part, None)
 
     def naive(self) -> None:
         """The algorithm read literally; RLHF generates a latent for each branch, as the released code does."""
@@ -101,10 +141,10 @@ class Rivals:
     def _update(self, loss: Tensor) -> None:
         try:
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            torch.nn.utils.clip_grad_norm_(sdxl.trainable_parameters(self.unet), 1.0)
             self.optimizer.step()
         finally:  # a backward that ran out of memory leaves gradients to the other rivals
-            self.optimizer.zero_grad()
+            self.unet.zero_grad()
 
     def _condition(self, rows: int) -> sdxl.Condition:
         return random_condition(self.unet, rows, self.setting.resolution)

@@ -12,7 +12,8 @@ Every branch has all of its m steps. The first step warms up, in the second FLOP
 third memory: what a step adds to what is held before it, on a GPU by the allocator, on a CPU by counting tensors.
 
 The literal reading is left out on a GPU unless asked for (`--naive`): with full SDXL its graph needs 82 to 200 GiB. A
-rival that runs out of memory is reported and has no figures; the script and the other rivals go on.
+rival that runs out of memory, in a step or when it is made, is reported and has no figures, and what it alone held is
+let go; the script and the other rivals go on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measuring import OperatorCount, matmul_peak, peak_memory
 from benchmarks.models import SIZES, write_pipeline
 from benchmarks.reporting import describe_machine, spread
-from benchmarks.rivals import Rivals
+from benchmarks.rivals import PARTS, Rivals
 from benchmarks.script import CLOCK, SCRIPTS, Setting, clocked, each_step, write_data
 from sharpening.errors import exit_status, first_line
 from sharpening.flags import Flag, parse
 
-RIVALS = ("naive", "plain", "branch_step")
+RIVALS = tuple(PARTS)
 COUNTED, WEIGHED, TIMED = 1, 2, 3  # the steps in which FLOPs and memory are counted, and the first that is timed
 
 STEP_FLAGS = (
@@ -72,8 +73,13 @@ class Measurement:
             of one step (by name), and "out_of_memory" (name -> the error): such a rival has no other figures.
     """
 
-    def __init__(self, beside: dict[str, Callable[[], object]]) -> None:
-        self.beside = dict(beside)
+    def __init__(
+        self,
+        beside: dict[str, Callable[[], object]],
+        keep: Callable[[Collection[str]], None] = lambda names: None,
+    ) -> None:
+        """`beside` are the rivals by name; `keep` is told which of them go on when one does not."""
+        self.beside, self.keep = dict(beside), keep
         names = {name: [] for name in ("script", *beside)}
         self.result: dict[str, Any] = {
             "seconds": names, "phases": [], "flops": {}, "operators": {}, "peak_bytes": {}, "out_of_memory": {},
@@ -102,6 +108,7 @@ class Measurement:
         for figure in ("seconds", "flops", "operators", "peak_bytes"):
             self.result[figure].pop(name, None)
         self.result["out_of_memory"][name] = problem
+        self.keep(self.beside)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -128,8 +135,10 @@ class Measurement:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU (`torch.OutOfMemoryError`), PyTorch on a CPU (a RuntimeError) or Python had no memory to give."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Whether Python, a GPU (`torch.OutOfMemoryError`), a library of CUDA's or PyTorch on a CPU (both a RuntimeError)
+    had no memory to give."""
+    said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in said)
 
 
 def rivals_for(naive: bool | None, gpu: bool) -> tuple[str, ...]:
@@ -151,15 +160,16 @@ def measure(setting: Setting, folder: Path, beside: Sequence[str] = RIVALS) -> d
     command = setting.command(folder, TIMED + setting.rounds)
     setting.script.parse_args(command)
     rivals = Rivals(setting, folder / "model")
-    measurement = Measurement({name: getattr(rivals, name) for name in beside})
+    measurement = Measurement({name: getattr(rivals, name) for name in beside}, rivals.keep)
     with each_step(measurement.visit), clocked():
         if setting.script.cli(command):
             raise RuntimeError("the training script failed; it says above why")
     result = measurement.result
-    with FlopCounterMode(display=False) as flops:
-        rivals.forward()
-    rows = setting.batch * setting.num_noisy_latents * setting.trajectory_nums
-    result["flops"]["score"] = rows * flops.get_total_flops()
+    if measurement.beside:  # else there is no memory for a UNet beside the script's
+        with FlopCounterMode(display=False) as flops:
+            rivals.forward()
+        rows = setting.batch * setting.num_noisy_latents * setting.trajectory_nums
+        result["flops"]["score"] = rows * flops.get_total_flops()
     result["matmul_peak"] = matmul_peak(rivals.device, rivals.dtype)
     return result
 
@@ -182,7 +192,7 @@ def report(result: dict[str, Any]) -> str:
         )
     names = list(dict.fromkeys(name for phases in result["phases"] for name in phases))
     spent = {name: statistics.median(phases.get(name, 0.0) for phases in result["phases"]) for name in names}
-    if "score" in spent:
+    if "score" in spent and "score" in result["flops"]:
         rate = result["flops"]["score"] / spent["score"]
         share = rate / result["matmul_peak"]
         lines.append(f"      score  {rate / 1e12:.3f} TFLOP/s, {share:.0%} of the matrix product's")

@@ -1,5 +1,7 @@
 """Latents that a model generates, and what of them outlives the optimizer step that made them."""
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,15 +13,22 @@ from sharpening.draws import draw_noise
 from sharpening.sdxl import Denoiser
 from sharpening.selection import Judge, ModelOf, Scores, Verdict, begin_samples
 from sharpening.trajectory import Schedule, generate
-from sharpening.transfer import slices, upload
+from sharpening.transfer import Agree, slices, upload
 from sharpening.waiting import beginning, wait_for_all
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def generate_in_slices(model_of: ModelOf, schedule: Schedule, noise: Tensor, batch_size: int) -> Tensor:
-    """Clean latents (R, ...) of Gaussian noise (R, ...), `batch_size` at a time."""
-    parts = slices(len(noise), batch_size)
-    return torch.cat([generate(model_of(rows), schedule, noise[rows]) for rows in parts])
+def generate_in_slices(
+    model_of: ModelOf, schedule: Schedule, noise: Tensor, batch_size: int, count: int = 0
+) -> Tensor:
+    """Clean latents (R, ...) of Gaussian noise (R, ...), `batch_size` at a time. Where `count` slices are more than
+    that, the first is generated again for the rest, and thrown away."""
+    parts = [*slices(len(noise), batch_size)]
+    again = parts[:1] * (count - len(parts))
+    made = [generate(model_of(rows), schedule, noise[rows]) for rows in parts + again]
+    return torch.cat(made[: len(parts)])
 
 
 class Generation:
@@ -38,10 +47,19 @@ class Generation:
         self.scores: Scores | None = None
 
     def begin(self, batch: Mapping[str, Any], shape: Sequence[int]) -> bool:
-        """Take up new prompts; returns whether `made`, read from a checkpoint, are latents of `shape` for them."""
+        """Take up new prompts; returns whether `made`, read from a checkpoint, are latents of `shape` for them.
+
+        Latents that are for others are warned of: the run will not be the one that was interrupted.
+        """
         self.batch, self.scores = batch, None
         made = [(entry["prompts"], tuple(entry["latents"].shape)) for entry in self.made]
-        return made == [(batch["caption"], tuple(shape))]
+        fits = made == [(batch["caption"], tuple(shape))]
+        if made and not fits:
+            logger.warning(
+                "the latents that the checkpoint keeps (--generation_reuse) do not fit this step's prompts and are "
+                "generated anew: the resumed run differs from one that was never interrupted"
+            )
+        return fits
 
     def keep(self, latents: Tensor) -> None:
         """Keep the latents of the prompts."""
@@ -56,8 +74,8 @@ class Generation:
 class SampleSets:
     """Samples of a model that does not change, n for each prompt and set: drawn once, judged once, kept.
 
-    A prompt's samples do not depend on when it is drawn or on its neighbours in a batch, so after a resumption they
-    are drawn again as they were.
+    A prompt's noise does not depend on when it is drawn or on its neighbours in a batch, so after a resumption its
+    samples are drawn again as they were, up to the rounding of batches of other sizes.
     """
 
     def __init__(self, sets: int, rows: int, n: int, shape: Sequence[int], seed: int) -> None:
@@ -81,13 +99,24 @@ class SampleSets:
         sets = [draw // self.rows % self.sets for draw in draws]
         return [f"{of_round}{number}/{prompt}" for number, prompt in zip(sets, prompts, strict=True)]
 
-    def draw(self, keys: Sequence[str], denoiser: Denoiser, schedule: Schedule, batch_size: int) -> None:
-        """Draw the samples of B keys that are not there yet, `batch_size` at a time; denoiser is of B rows."""
-        for index, key in enumerate(keys):
-            if key not in self._latents:
-                noise = upload(draw_noise(self.seed, [key], self.n, self.shape)[0], denoiser.condition.pooled.device)
-                model_of = denoiser.repeat(index, self.n).rows
-                self._latents[key] = generate_in_slices(model_of, schedule, noise, batch_size).cpu()
+    def draw(
+        self, keys: Sequence[str], denoiser: Denoiser, schedule: Schedule, batch_size: int, agree: Agree = int
+    ) -> None:
+        """Draw the samples of B keys that are not there yet, all together, `batch_size` at a time; denoiser is of B
+        rows. There are as many slices as `agree`, as of `Run.same_forwards`, says."""
+        missing = {key: row for row, key in enumerate(keys) if key not in self._latents}
+        count = agree(math.ceil(len(missing) * self.n / batch_size))
+        if count == 0:
+            return
+        drawn = missing or {keys[0]: 0}  # for the other processes alone
+        noise = draw_noise(self.seed, [*drawn], self.n, self.shape).flatten(0, 1)  # of each key by itself
+        of_rows = torch.tensor([*drawn.values()]).repeat_interleave(self.n)
+        latents = generate_in_slices(
+            lambda rows: denoiser.rows(of_rows[rows]), schedule, upload(noise, denoiser.condition.pooled.device),
+            batch_size, count,
+        )  # fmt: skip
+        if missing:
+            self._latents |= zip(missing, latents.cpu().unflatten(0, (-1, self.n)), strict=True)
 
     def judge(self, keys: Sequence[str], judge: Judge, batch_size: int) -> None:
         """Judge the samples of each of B keys, by itself, unless all of them have a score already.

@@ -410,8 +410,8 @@ def _check_hardware(args: argparse.Namespace) -> None:
     gpu = torch.cuda.is_available() and not _is_on("ACCELERATE_USE_CPU")
     require(
         gpu or not args.enable_xformers_memory_efficient_attention,
-        "--enable_xformers_memory_efficient_attention needs a CUDA GPU and none is used here; leave the flag out, "
-        "PyTorch's own attention is used then",
+        "--enable_xformers_memory_efficient_attention needs a CUDA GPU and none is used here; switch it off with "
+        "--no-enable_xformers_memory_efficient_attention, PyTorch's own attention is used then",
     )
     require(
         gpu or precision != "fp16", "--mixed_precision=fp16 needs a GPU and none is used here; use bf16 or no on a CPU"

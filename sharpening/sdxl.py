@@ -280,11 +280,6 @@ class Denoiser:
         """The model of the rows that `index`, on the CPU, names."""
         return branch_model(self.unet, self.condition.rows(index), self.unconditional, self.guidance_scale)
 
-    def repeat(self, row: int, count: int) -> "Denoiser":
-        """The denoiser of `count` rows, all of them like one of these."""
-        condition = self.condition.rows(slice(row, row + 1)).repeat(count)
-        return Denoiser(self.unet, condition, self.unconditional, self.guidance_scale)
-
 
 def branch_model(unet: nn.Module, condition: Condition, unconditional: Unconditional, guidance_scale: float) -> Model:
     """What `walk` and `generate` take: the conditional output, and the guidance on top of it."""

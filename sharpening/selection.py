@@ -31,27 +31,29 @@ class Scores(NamedTuple):
 @torch.no_grad()
 def score_branches(
     model_of: ModelOf, judge: Judge, schedule: Schedule, branches: Branches, steps: int, batch_size: int,
-    agree: Agree = int,
+    agree: Agree = int, outputs: bool = True,
 ) -> tuple[Scores, Path]:  # fmt: skip
     """Walk R branches without gradient, judge the clean estimate of every active step, and keep the path.
 
-    `batch_size` branches are walked at a time, so activations grow neither with R nor with `steps`; two latents are
-    kept for each step of each branch. No reward is waited for, and none ends the walk by failing, before all steps are
-    walked: `agree`, as of `Run.same_forwards`, says how many.
+    `batch_size` branches are walked at a time, so activations grow neither with R nor with `steps`; a latent is kept
+    for each step of each branch and, with `outputs`, what the model made of it. No reward is waited for, and none ends
+    the walk by failing, before all steps are walked: `agree`, as of `Run.same_forwards`, says how many.
     """
     t = timesteps_along(schedule, branches.t, steps)
     active = (t >= 0).cpu()
     judged: list[tuple[list[int], int]] = []  # (rows, k)
     begun = Begun()  # their rewards
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each slice: states, outputs, last estimates
+    kept: list[tuple[Tensor, Tensor]] = []  # of each slice: states, last estimates
+    made: list[Tensor] = []  # of each slice: outputs
     for rows in slices(len(t), batch_size):
-        part, x, outputs = branches.rows(rows), [], []
+        part, x, output = branches.rows(rows), [], []
         last, numbers = part.x_t, range(rows.start, rows.stop)
         on_steps = active[rows].T.tolist()  # (steps, r)
         walked = agree(sum(map(any, on_steps)))
         for k, point in enumerate(walk(model_of(rows), schedule, part.x_t, part.t, walked)):
             x.append(point.x)
-            outputs.append(point.output)
+            if outputs:
+                output.append(point.output)
             last = point.where_active(point.x0_hat, last)
             on = [index for index, on in enumerate(on_steps[k]) if on]
             if on:
@@ -60,9 +62,11 @@ def score_branches(
                 estimate = point.x0_hat if all_on else take([point.x0_hat], torch.tensor(on))[0]
                 begun.begin(partial(judge, estimate, judged[-1][0]))
         ended = steps - len(x)  # nobody looks at the steps below t = 0
-        kept.append((torch.stack(x + x[-1:] * ended, 1), torch.stack(outputs + outputs[-1:] * ended, 1), last))
-    x, outputs, last = map(torch.cat, zip(*kept, strict=True))
-    path = Path(x, upload(t.clamp(min=0), x.device), active, outputs)
+        kept.append((torch.stack(x + x[-1:] * ended, 1), last))
+        if outputs:
+            made.append(torch.stack(output + output[-1:] * ended, 1))
+    x, last = map(torch.cat, zip(*kept, strict=True))
+    path = Path(x, upload(t.clamp(min=0), x.device), active, torch.cat(made) if outputs else None)
     return Scores(*_collect(judged, begun.wait(), active.shape), active, last), path
 
 

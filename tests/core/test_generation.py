@@ -34,7 +34,7 @@ def test_a_new_generation_forgets_what_earlier_latents_earned():
     assert generation.scores is None and generation.batch == SECOND
 
 
-def test_latents_of_a_checkpoint_fit_their_own_prompts():
+def test_latents_of_a_checkpoint_fit_their_own_prompts(caplog):
     """`made` is what a checkpoint keeps and fills again, so it must stay the same list."""
     generation = Generation()
     kept = generation.made
@@ -42,6 +42,7 @@ def test_latents_of_a_checkpoint_fit_their_own_prompts():
     generation.keep(torch.zeros(SHAPE))
     assert generation.begin(FIRST, SHAPE)
     assert generation.made is kept and len(kept) == 1
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -56,11 +57,22 @@ def test_latents_of_a_checkpoint_fit_their_own_prompts():
     ],
     ids=["another order", "fewer", "more", "another prompt", "more latents per prompt", "another resolution"],
 )
-def test_latents_of_a_checkpoint_fit_nothing_else(one, shape):
+def test_latents_of_a_checkpoint_fit_nothing_else(one, shape, caplog):
     generation = Generation()
     generation.begin(FIRST, SHAPE)
     generation.keep(torch.zeros(SHAPE))
     assert not generation.begin(one, shape)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "generated anew" in record.message
+
+
+def test_latents_in_parts_as_older_checkpoints_keep_them_are_warned_of(caplog):
+    """One part for every micro-batch of an accumulated step."""
+    generation = Generation()
+    generation.made[:] = [{"prompts": [prompt], "latents": torch.zeros(1, *SHAPE[1:])} for prompt in FIRST["caption"]]
+    assert not generation.begin(FIRST, SHAPE)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "generated anew" in record.message
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])

@@ -60,22 +60,26 @@ def test_samples_of_a_key_are_drawn_once_with_guidance(denoiser, schedule):
     samples = sample_sets()
     keys = samples.keys([0, 1], PROMPTS[:2])
     samples.draw(keys, denoiser(*PROMPTS[:2]), schedule, 8)
-    assert denoiser.rows == [4] * 4  # for each key two steps of n = 2 latents, with and without the prompt
+    assert denoiser.rows == [8] * 2  # two steps of n = 2 latents of both keys, with and without the prompt
     before = samples.latents(keys)
     assert before.shape == (4, *SHAPE) and before.device.type == "cpu"
     samples.draw(samples.keys([3, 5, 4], [PROMPTS[1], PROMPTS[2], PROMPTS[0]]), denoiser(*PROMPTS), schedule, 1)
-    assert denoiser.rows == [4] * 4 + [2] * 4  # of the third prompt alone, one latent at a time
+    assert denoiser.rows == [8] * 2 + [2] * 4  # of the third prompt alone, one latent at a time
     assert torch.equal(samples.latents(keys), before)
 
 
-def test_samples_do_not_depend_on_order_or_company(denoiser, schedule):
-    together, alone = sample_sets(), sample_sets()
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_samples_do_not_depend_on_order_or_company(batch_size, denoiser, schedule):
+    together, alone = sample_sets(n=3), sample_sets(n=3)
     keys = together.keys([0, 1, 2], PROMPTS)
-    together.draw(keys, denoiser(*PROMPTS), schedule, 8)
+    together.draw(keys, denoiser(*PROMPTS), schedule, batch_size)
+    # A slice is filled with the next key's samples; guidance doubles its rows.
+    assert denoiser.rows == [rows for rows in {4: (8, 8, 2), 8: (16, 2)}[batch_size] for _ in range(2)]
     for prompt, key in reversed([*zip(PROMPTS, keys, strict=True)]):
-        alone.draw([key], denoiser(prompt), schedule, 8)
-    assert torch.equal(together.latents(keys), alone.latents(keys))
-    assert torch.equal(together.latents(keys[::-1]), alone.latents(keys).unflatten(0, (3, 2)).flip(0).flatten(0, 1))
+        alone.draw([key], denoiser(prompt), schedule, batch_size)
+    torch.testing.assert_close(together.latents(keys), alone.latents(keys), rtol=1e-4, atol=1e-5)
+    reversed_order = together.latents(keys).unflatten(0, (3, 3)).flip(0).flatten(0, 1)
+    assert torch.equal(together.latents(keys[::-1]), reversed_order)
 
 
 def test_a_key_twice_in_a_batch_is_drawn_and_judged_once(denoiser, schedule):
@@ -83,7 +87,7 @@ def test_a_key_twice_in_a_batch_is_drawn_and_judged_once(denoiser, schedule):
     keys = samples.keys([0, 1], [PROMPTS[0], PROMPTS[0]])
     assert keys[0] == keys[1]
     samples.draw(keys, denoiser(PROMPTS[0], PROMPTS[0]), schedule, 8)
-    assert len(denoiser.rows) == 2
+    assert denoiser.rows == [4] * 2
     begin = of_prompts([PROMPTS[0]] * 2, lambda *given: calls.append(given) or judge(*given))
     samples.judge(keys, begin, 8)
     assert len(calls) == 1
@@ -209,3 +213,23 @@ def test_a_failing_judge_is_waited_for_and_leaves_what_was_judged_before(denoise
     assert torch.equal(samples.scores(keys[:1]).rewards, before)
     with pytest.raises(KeyError):
         samples.scores(keys[2:])
+
+
+def test_all_processes_draw_as_many_slices_as_the_one_that_lacks_most(denoiser, schedule):
+    samples, agreed = sample_sets(), []
+
+    def agree(count):
+        agreed.append(count)
+        return 2
+
+    keys = samples.keys([0, 1], PROMPTS[:2])
+    samples.draw(keys[:1], denoiser(PROMPTS[0]), schedule, 2, agree)
+    first = samples.latents(keys[:1]).clone()
+    assert len(denoiser.rows) == 2 * 2  # two slices of two steps
+    samples.draw(keys[:1], denoiser(PROMPTS[0]), schedule, 2, agree)
+    assert len(denoiser.rows) == 4 * 2 and torch.equal(samples.latents(keys[:1]), first)
+    samples.draw(keys, denoiser(*PROMPTS[:2]), schedule, 2, agree)
+    assert agreed == [1, 0, 1] and len(samples.latents(keys)) == 4
+    alone = sample_sets()
+    alone.draw(keys, denoiser(*PROMPTS[:2]), schedule, 2)
+    torch.testing.assert_close(samples.latents(keys), alone.latents(keys))

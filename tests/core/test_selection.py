@@ -71,7 +71,9 @@ def test_scoring_in_slices_equals_scoring_at_once_and_never_mixes_prompts(batch_
         return lambda: verdict
 
     scores, path = score_branches(model, judge, schedule, branches, 3, batch_size)
-    whole, _ = score_branches(model, judge, schedule, branches, 3, 12)
+    whole, of_whole = score_branches(model, judge, schedule, branches, 3, 12, outputs=False)
+    assert of_whole.output is None and torch.equal(of_whole.t, path.t)
+    torch.testing.assert_close(of_whole.x[path.active], path.x[path.active])
     torch.testing.assert_close(scores.rewards, whole.rewards)
     torch.testing.assert_close(scores.last_estimate, whole.last_estimate)
     torch.testing.assert_close(scores.components["mean"], whole.components["mean"], equal_nan=True)

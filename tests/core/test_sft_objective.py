@@ -63,7 +63,7 @@ def train(
     if n == 1:
         path = walk_path(walking.rows, schedule, branches, m, batch_size, outputs=False)
     else:
-        scores, path = score_branches(walking.rows, judge, schedule, branches, m, batch_size)
+        scores, path = score_branches(walking.rows, judge, schedule, branches, m, batch_size, outputs=False)
         selection = select(scores.rewards, scores.active, n)
         best, usable = selection.best_rows, selection.scored.any(1)
     if choices is not None:

@@ -148,7 +148,7 @@ CASES = {
     "empty prompts file": (empty_prompts, ["--validation_prompts_file", "empty"]),
     "xformers without a GPU": (
         {"enable_xformers_memory_efficient_attention": True},
-        ["--enable_xformers_memory_efficient_attention", "leave the flag out"],
+        ["--enable_xformers_memory_efficient_attention", "--no-enable_xformers_memory_efficient_attention"],
     ),
     "NPU attention without an NPU": ({"enable_npu_flash_attention": True}, ["--enable_npu_flash_attention"]),
     "fp16 without a GPU": ({"mixed_precision": "fp16"}, ["--mixed_precision=fp16", "bf16"]),
