@@ -331,7 +331,7 @@ def main(args: argparse.Namespace) -> int:
             lr_scheduler.step()
             if ema is not None:
                 ema.step(parameters)
-        optimizer.zero_grad(set_to_none=plan.world_size == 1)  # else they stay views of DDP's buckets
+        optimizer.zero_grad(set_to_none=run.forgets_gradients)
         if use == reuse - 1:
             generation.made.clear()  # they have served; a checkpoint need not hold them
         metrics |= run.speed("generation")

@@ -203,7 +203,7 @@ def main(args: argparse.Namespace) -> int:
             lr_scheduler.step()
             if ema is not None:
                 ema.step(parameters)
-        optimizer.zero_grad(set_to_none=plan.world_size == 1)  # else they stay views of DDP's buckets
+        optimizer.zero_grad(set_to_none=run.forgets_gradients)
         metrics |= run.speed()
         if n > 1:
             run.log_branches(step, scores.last_estimate, best=best, worst=selection.worst_rows)

@@ -202,7 +202,7 @@ def main(args: argparse.Namespace) -> int:
             lr_scheduler.step()
             if ema is not None:
                 ema.step(parameters)
-        optimizer.zero_grad(set_to_none=plan.world_size == 1)  # else they stay views of DDP's buckets
+        optimizer.zero_grad(set_to_none=run.forgets_gradients)
         metrics |= run.speed("generation")
         run.log_branches(step, x_0, best=selection.best_rows, worst=selection.worst_rows)
         run.end_step(step, metrics, unet, ema)

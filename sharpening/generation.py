@@ -13,7 +13,7 @@ from sharpening.draws import draw_noise
 from sharpening.sdxl import Denoiser
 from sharpening.selection import Judge, ModelOf, Scores, Verdict, begin_samples
 from sharpening.trajectory import Schedule, generate
-from sharpening.transfer import Agree, slices, upload
+from sharpening.transfer import Agree, alone, slices, upload
 from sharpening.waiting import beginning, wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class SampleSets:
         return [f"{of_round}{number}/{prompt}" for number, prompt in zip(sets, prompts, strict=True)]
 
     def draw(
-        self, keys: Sequence[str], denoiser: Denoiser, schedule: Schedule, batch_size: int, agree: Agree = int
+        self, keys: Sequence[str], denoiser: Denoiser, schedule: Schedule, batch_size: int, agree: Agree = alone
     ) -> None:
         """Draw the samples of B keys that are not there yet, all together, `batch_size` at a time; denoiser is of B
         rows. There are as many slices as `agree`, as of `Run.same_forwards`, says."""

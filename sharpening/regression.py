@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpening.trajectory import Branches, Path, Schedule
-from sharpening.transfer import Agree, slices, take
+from sharpening.transfer import Agree, alone, slices, take
 
 if TYPE_CHECKING:
     from sharpening.sdxl import Condition
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     target: Tensor  # (N, ...) what the model should output
     weight: Tensor  # (N,)
 
-    def split(self, size: int, agree: Agree = int) -> list[Rows]:
+    def split(self, size: int, agree: Agree = alone) -> list[Rows]:
         """The rows in slices of `size`; any size gives the same sum. There are as many slices as `agree`, as of
         `Run.same_forwards`, says: what this process does not need is a row that weighs nothing."""
         parts = [self._slice(part) for part in slices(len(self.x), size)]

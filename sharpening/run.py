@@ -152,9 +152,11 @@ class Run:
             model = self.accelerator.prepare_model(unet, device_placement=False, evaluation_mode=True)
         else:
             model, optimizer = self.accelerator.prepare(unet, optimizer)
-        checkpoints.register_checkpointing(self.accelerator, unet, optimizer, ema, lr_scheduler, pending, shared)
+        checkpoints.register_checkpointing(self.accelerator, unet, ema, lr_scheduler, pending, shared, self.plan.hosts)
         if self._checkpoint is not None:
-            self.accelerator.load_state(str(self._checkpoint))
+            # A GPU that holds parts has no room for the optimizer's whole states; the host need not read all at once.
+            options = {"map_location": "cpu", "load_kwargs": {"mmap": True}} if self.args.fsdp else {}
+            self.accelerator.load_state(str(self._checkpoint), **options)
         return model, optimizer
 
     def validate_with(
@@ -246,6 +248,11 @@ class Run:
     def any_rank(self, value: int) -> int:
         """The largest `value` over all ranks, so that every rank takes the same turn."""
         return launching.any_rank(value, self.plan.hosts)
+
+    @property
+    def forgets_gradients(self) -> bool:
+        """Whether gradients may go after a step; DDP's are views of its buckets, which must stay."""
+        return self.plan.world_size == 1 or self.args.fsdp
 
     def same_forwards(self, count: int) -> int:
         """How many forwards all ranks make where this one needs `count`: with `--fsdp` as many as the rank that needs

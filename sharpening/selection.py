@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharpening.regression import masked_mean
 from sharpening.trajectory import Branches, Model, Path, Schedule, timesteps_along, walk
-from sharpening.transfer import Agree, Index, slices, take, upload
+from sharpening.transfer import Agree, Index, alone, slices, take, upload
 from sharpening.waiting import Begun, beginning, wait_for_all
 
 # `judge(latents (r, ...), rows)` begins to judge r of R rows, which `rows` names; what it returns waits for their
@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 @torch.no_grad()
 def score_branches(
     model_of: ModelOf, judge: Judge, schedule: Schedule, branches: Branches, steps: int, batch_size: int,
-    agree: Agree = int, outputs: bool = True,
+    agree: Agree = alone, outputs: bool = True,
 ) -> tuple[Scores, Path]:  # fmt: skip
     """Walk R branches without gradient, judge the clean estimate of every active step, and keep the path.
 
@@ -42,29 +42,29 @@ def score_branches(
     t = timesteps_along(schedule, branches.t, steps)
     active = (t >= 0).cpu()
     judged: list[tuple[list[int], int]] = []  # (rows, k)
-    begun = Begun()  # their rewards
     kept: list[tuple[Tensor, Tensor]] = []  # of each slice: states, last estimates
     made: list[Tensor] = []  # of each slice: outputs
-    for rows in slices(len(t), batch_size):
-        part, x, output = branches.rows(rows), [], []
-        last, numbers = part.x_t, range(rows.start, rows.stop)
-        on_steps = active[rows].T.tolist()  # (steps, r)
-        walked = agree(sum(map(any, on_steps)))
-        for k, point in enumerate(walk(model_of(rows), schedule, part.x_t, part.t, walked)):
-            x.append(point.x)
+    with Begun() as begun:  # their rewards
+        for rows in slices(len(t), batch_size):
+            part, x, output = branches.rows(rows), [], []
+            last, numbers = part.x_t, range(rows.start, rows.stop)
+            on_steps = active[rows].T.tolist()  # (steps, r)
+            walked = agree(sum(map(any, on_steps)))
+            for k, point in enumerate(walk(model_of(rows), schedule, part.x_t, part.t, walked)):
+                x.append(point.x)
+                if outputs:
+                    output.append(point.output)
+                last = point.where_active(point.x0_hat, last)
+                on = [index for index, on in enumerate(on_steps[k]) if on]
+                if on:
+                    judged.append(([numbers[index] for index in on], k))
+                    all_on = len(on) == len(numbers)
+                    estimate = point.x0_hat if all_on else take([point.x0_hat], torch.tensor(on))[0]
+                    begun.begin(partial(judge, estimate, judged[-1][0]))
+            ended = steps - len(x)  # nobody looks at the steps below t = 0
+            kept.append((torch.stack(x + x[-1:] * ended, 1), last))
             if outputs:
-                output.append(point.output)
-            last = point.where_active(point.x0_hat, last)
-            on = [index for index, on in enumerate(on_steps[k]) if on]
-            if on:
-                judged.append(([numbers[index] for index in on], k))
-                all_on = len(on) == len(numbers)
-                estimate = point.x0_hat if all_on else take([point.x0_hat], torch.tensor(on))[0]
-                begun.begin(partial(judge, estimate, judged[-1][0]))
-        ended = steps - len(x)  # nobody looks at the steps below t = 0
-        kept.append((torch.stack(x + x[-1:] * ended, 1), last))
-        if outputs:
-            made.append(torch.stack(output + output[-1:] * ended, 1))
+                made.append(torch.stack(output + output[-1:] * ended, 1))
     x, last = map(torch.cat, zip(*kept, strict=True))
     path = Path(x, upload(t.clamp(min=0), x.device), active, torch.cat(made) if outputs else None)
     return Scores(*_collect(judged, begun.wait(), active.shape), active, last), path

@@ -14,7 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -35,7 +35,19 @@ def shard(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtype) 
     # The root, too, lets its weights go: kept, they would be the old ones in a forward that follows an optimizer step.
     for module in [*blocks, unet]:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if not any(parameter.requires_grad for parameter in unet.parameters()):
+        unet.register_forward_hook(_forget_order)
     return unet
+
+
+def _forget_order(unet: UNet2DConditionModel, *_: Any) -> None:
+    """Forget in which order blocks ran. torch 2.10 notes it for the backward, which forgets it, but a frozen UNet has
+    none: the notes would grow with each forward."""
+    for module in unet.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            group._post_forward_indices.clear()
+            group.comm_ctx.post_forward_order.clear()
 
 
 def local(tensor: Tensor) -> Tensor:

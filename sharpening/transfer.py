@@ -17,6 +17,11 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
+def alone(count: int) -> int:
+    """As many forwards as this process needs, which knows no other."""
+    return count
+
+
 def slices(count: int, size: int) -> Iterator[slice]:
     """Rows 0 to `count`, `size` at a time."""
     return (slice(first, min(first + size, count)) for first in range(0, count, size))

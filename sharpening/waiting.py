@@ -8,11 +8,21 @@ T = TypeVar("T")
 
 
 class Begun:
-    """Work begun one after the other, in between of which something must go on even if some of it fails."""
+    """Work begun one after the other, in between of which something must go on even if some of it fails.
+
+    As a context it waits for what has begun if that something fails.
+    """
 
     def __init__(self) -> None:
         self._waits: list[Callable[[], Any]] = []
         self._failure: Exception | None = None
+
+    def __enter__(self) -> "Begun":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            self._end()
 
     def begin(self, work: Callable[[], Callable[[], Any]]) -> None:
         """Begin work, unless some has failed to begin; what `work()` returns waits for its result."""
@@ -24,10 +34,15 @@ class Begun:
 
     def wait(self) -> list[Any]:
         """All results. The first exception is raised when all work has ended."""
-        with beginning(self._waits):
-            if self._failure is not None:
-                raise self._failure
+        if self._failure is not None:
+            self._end()
+            raise self._failure
         return wait_for_all(self._waits)
+
+    def _end(self) -> None:
+        for wait in self._waits:
+            with suppress(Exception):
+                wait()
 
 
 def wait_for_all(waits: Sequence[Callable[[], T]]) -> list[T]:

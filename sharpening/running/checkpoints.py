@@ -15,7 +15,6 @@ from accelerate.logging import get_logger
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.distributed import ProcessGroup
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from sharpening import sharding
@@ -117,11 +116,11 @@ def warn_of_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 def register_checkpointing(
     accelerator: Accelerator,
     unet: UNet2DConditionModel,
-    optimizer: Optimizer,
     ema: EMAModel | None,
     lr_scheduler: LRScheduler,
     pending: list[dict[str, Any]] | None = None,
     shared: dict[str, Any] | None = None,
+    hosts: ProcessGroup | None = None,
 ) -> None:
     """Make `save_state` and `load_state` cover the schedule, and the UNet and its average as diffusers folders.
 
@@ -130,8 +129,8 @@ def register_checkpointing(
     are gone, such as latents (`--generation_reuse`); `shared` is what all of them have alike, such as a reference
     (`--rounds`). They are read back into that same list and dictionary, on the CPU.
 
-    What lies in parts on several processes is gathered before the main one writes anything, so that no process waits
-    for one that could not write.
+    What lies in parts on several processes is gathered before the main one writes anything, and all know by `hosts`,
+    as of `launching.any_rank`, whether that went well before they gather what accelerate saves.
     """
     lora = hasattr(unet, "peft_config")
 
@@ -140,11 +139,8 @@ def register_checkpointing(
         whole = sharding.whole_unet(unet)
         average = None if ema is None or lora else sharding.whole_average(ema)
         common = {name: sharding.whole_list(value) for name, value in (shared or {}).items()}
-        try:
-            write(whole, average, common, output_dir)
-        except Exception:
-            optimizer.state_dict()  # the other processes wait for this one's part of it
-            raise
+        what = f"step {_step_of(output_dir)}: the checkpoint"
+        all_wrote(attempt(what, lambda: write(whole, average, common, output_dir)), hosts)
 
     def write(whole: UNet2DConditionModel, average: EMAModel | None, common: dict[str, Any], output_dir: str) -> None:
         if pending:
@@ -231,6 +227,8 @@ def save_checkpoint(
     what, is_main = f"step {step}: the checkpoint", accelerator.is_main_process
     try:
         all_wrote(attempt(what, begin) if is_main else "", hosts)
+        # On other machines this shows whether they share the folder, before any of them waits for another's part.
+        all_wrote(attempt(what, lambda: partial.mkdir(exist_ok=True)), hosts)
         all_wrote(attempt(what, lambda: accelerator.save_state(str(partial))), hosts)
         all_wrote(attempt(what, complete) if is_main else "", hosts)
     except WriteError:
@@ -241,6 +239,11 @@ def save_checkpoint(
     if is_main:
         logger.info(f"saved {final}")
     return final
+
+
+def _step_of(partial: str) -> str:
+    """The step of a checkpoint that is being written, by its folder."""
+    return Path(partial).name.split("-")[1].split(".")[0]
 
 
 def _replace(final: Path, partial: Path) -> None:

@@ -57,6 +57,7 @@ def restart(optimizer: Optimizer, lr_scheduler: LRScheduler, first_rates: Mappin
 
 def restart_average(ema: EMAModel, parameters: list[Parameter]) -> None:
     """Put the average into the parameters, and begin to average anew from there."""
+    # Not by its copy_to, which copies all together: that is not to be had for weights in parts.
     for parameter, average in zip(parameters, ema.shadow_params, strict=True):
         parameter.data.copy_(average)
     ema.optimization_step = 0

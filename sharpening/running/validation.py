@@ -18,7 +18,7 @@ from sharpening.draws import draw_generator
 from sharpening.rewards.calling import Reward
 from sharpening.sharding import local
 from sharpening.trajectory import Schedule, generate
-from sharpening.transfer import Agree
+from sharpening.transfer import Agree, alone
 from sharpening.waiting import Begun
 
 
@@ -80,7 +80,7 @@ class Validation:
 
     def __init__(
         self, prompts: Sequence[str], drawing: Drawing, encoders: sdxl.TextEncoders, unconditional: sdxl.Unconditional,
-        agree: Agree = int,
+        agree: Agree = alone,
     ):  # fmt: skip
         """agree: as of `Run.same_forwards`."""
         self.drawing, self.unconditional, self._agree = drawing, unconditional, agree
@@ -104,17 +104,19 @@ class Validation:
         reward: Reward,
     ) -> list[tuple[Tensor, Tensor]]:
         """Images (b, 3, H, W) uint8 on the CPU and scores (b,) float32 of each slice of this rank: slice i is of rank
-        i modulo their number. A score is NaN where the reward failed and was told to skip.
+        i modulo their number. A score is NaN where the reward failed and was told to skip. All images are drawn even
+        if one could not be scored: other ranks may need this one's part of the weights.
 
         Raises:
             RewardError: an image could not be scored.
         """
-        drawing, drawn, judged = self.drawing, [], Begun()
+        drawing, drawn = self.drawing, []
         shape = sdxl.latent_shape(vae, drawing.resolution)
         own = self.slices[accelerator.process_index :: accelerator.num_processes]
         idle = self.slices[:1] * (self._agree(len(own)) - len(own))  # drawn for their forwards, and thrown away
         unet.eval()
-        with averaged_weights(unet, ema), accelerator.autocast():  # one, so that the weights are converted once
+        # One autocast, so that the weights are converted once.
+        with averaged_weights(unet, ema), accelerator.autocast(), Begun() as judged:
             for indices in tqdm(own + idle, desc="validation", leave=False, disable=not accelerator.is_main_process):
                 prompts = [self.prompts[index] for index in indices]
                 embeds, pooled = (torch.cat(part) for part in zip(*map(self.embeddings.get, prompts), strict=True))

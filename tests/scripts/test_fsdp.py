@@ -26,7 +26,7 @@ def failing(images, prompts):
 """
 STEPS = 5
 SHORT = 3
-UNEVEN = "SFT", "BEST_OF_N"  # ranks whose weights are whole make different numbers of forwards
+UNEVEN = "SFT", "RLHF", "BEST_OF_N"  # ranks whose weights are whole make different numbers of forwards
 # Slices of odd sizes, branches that end below t = 0 before others do, validation images that two ranks cannot share,
 # samples that one rank has kept and the other has still to draw.
 OPTIONS = {
@@ -34,8 +34,14 @@ OPTIONS = {
         "infer_steps": 5, "score_batch_size": 3, "train_rows": 4, "use_ema": True, "validation_steps": 3,
         "validation_prompt": "a red circle on a white background", "num_validation_images": 3, "validation_epochs": 0,
     },
-    "RLHF": {"train_rows": 5, "score_batch_size": 4, "use_ema": True, "num_noisy_latents": 2},
-    "DPO": {"rounds": 2, "infer_steps": 3, "num_noisy_latents": 2, "train_rows": 4},
+    "RLHF": {
+        "infer_steps": 5, "train_rows": 5, "score_batch_size": 2, "use_ema": True, "num_noisy_latents": 2,
+        "beta_dpo": 100,  # which multiplies rounding, too
+    },
+    "DPO": {
+        "rounds": 2, "infer_steps": 3, "num_noisy_latents": 2, "train_rows": 4, "use_ema": True, "max_train_steps": 5,
+        "checkpointing_steps": 4,
+    },
     "BEST_OF_N": {
         "samples_of": "base", "infer_steps": 3, "num_noisy_latents": 2, "generation_batch_size": 2,
         "max_train_samples": 5,
@@ -111,10 +117,15 @@ def runs(world, made_once):
                      output_dir=folder / "SFT resumed"),
                 line("SFT whole again", "SFT", max_train_steps=STEPS,
                      resume_from_checkpoint=folder / "SFT fsdp" / f"checkpoint-{SHORT}"),
+                line("SFT parts again", "SFT", max_train_steps=STEPS, fsdp=True,
+                     resume_from_checkpoint=folder / "SFT" / f"checkpoint-{SHORT}"),
+                line("through", "SFT", backprop_through_sampler=True, max_train_steps=1),
+                line("through fsdp", "SFT", backprop_through_sampler=True, max_train_steps=1, fsdp=True),
                 line("reward fails", "SFT", **fails),
                 line("disk is full", "SFT", 500_000, fsdp=True, checkpointing_steps=1, validation_steps=0),
                 *(line(name, name) for name in OPTIONS if name != "SFT"),
                 *(line(f"{name} fsdp", name, fsdp=True) for name in OPTIONS if name != "SFT"),
+                line("DPO again", "DPO", fsdp=True, resume_from_checkpoint=folder / "DPO fsdp" / "checkpoint-4"),
                 line("RLHF samples fsdp", "RLHF", fsdp=True, reward_on="sample", latents_per_prompt="n",
                      generation_reuse=2, gradient_checkpointing=True, infer_steps=3, mixed_precision="bf16"),
                 line("RLHF samples", "RLHF", reward_on="sample", latents_per_prompt="n",
@@ -136,10 +147,10 @@ def notes(runs):
     return json.loads((runs / "notes.json").read_text())
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, "through"])
 def test_curves_are_those_of_whole_weights(name, runs):
     whole, parts = metrics(runs / name), metrics(runs / f"{name} fsdp")
-    assert len(whole) == len(parts) == (STEPS if name == "SFT" else SHORT)
+    assert len(whole) == len(parts) == {"SFT": STEPS, "DPO": STEPS, "through": 1}.get(name, SHORT)
     for one, other in zip(whole, parts, strict=True):
         assert without_speed(other) == pytest.approx(without_speed(one), rel=1e-4, abs=1e-5)
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-5)
@@ -149,8 +160,13 @@ def test_nothing_whole_lies_on_a_rank(notes):
     for name in OPTIONS:
         whole, parts = notes[name], notes[f"{name} fsdp"]
         assert all(rank["here"] == [rank["elements"]] * 3 for rank in whole)
-        for rank in parts:
-            assert rank["elements"] == whole[0]["elements"]
+        for rank, of_whole in zip(parts, whole, strict=True):
+            assert rank["elements"] == of_whole["elements"]
+            held, averaged = of_whole["unets"] / rank["elements"], of_whole["averages"] / rank["elements"]
+            assert held == pytest.approx(1 + (name in ("RLHF", "DPO", "BEST_OF_N")))  # with a reference
+            assert averaged == pytest.approx(float(OPTIONS[name].get("use_ema", 0)))
+            assert rank["unets"] < 0.6 * of_whole["unets"] and rank["averages"] <= 0.6 * of_whole["averages"]
+            assert rank["notes"] == 0
             assert all(0.4 * rank["elements"] < here < 0.6 * rank["elements"] for here in rank["here"])
         assert sum(rank["here"][0] for rank in parts) == parts[0]["elements"]
 
@@ -175,8 +191,14 @@ def test_checkpoint_is_that_of_a_run_on_whole_weights(runs):
         for folder in (runs / name / f"checkpoint-{SHORT}" for name in ("SFT", "SFT fsdp"))
     ]
     assert names[0] == names[1]
-    for line, after in zip(metrics(runs / "SFT")[SHORT:], metrics(runs / "SFT whole again"), strict=True):
-        assert after["loss"] == pytest.approx(line["loss"], rel=1e-5, abs=1e-5)
+    for continued in ("SFT whole again", "SFT parts again"):
+        for line, after in zip(metrics(runs / "SFT")[SHORT:], metrics(runs / continued), strict=True):
+            assert after["loss"] == pytest.approx(line["loss"], rel=1e-5, abs=1e-5)
+
+
+def test_resumed_round_has_its_reference(runs):
+    """The second of two rounds began at step 4, the last that the checkpoint knows."""
+    assert without_speed(metrics(runs / "DPO again")[0]) == without_speed(metrics(runs / "DPO fsdp")[4])
 
 
 @pytest.mark.parametrize("name", ["SFT", "RLHF", "DPO"])

@@ -2,10 +2,12 @@
 
 FILE holds a JSON list of {"script", "command", "port", "file_limit"}, where file_limit is null or the bytes that rank
 0 may write into a file. Each line runs in a fork of this process, which has imported everything by then. What the rank
-did is appended to FILE.RANK, a JSON object a line: its status, how often the UNet ran, the number of elements of all
-weights, and how many of them, of their gradients and of the optimizer's states lie here.
+did is appended to FILE.RANK, a JSON object a line: its status, how often the UNet ran, the number of elements of the
+trained weights, how many of them, of their gradients and of the optimizer's states lie here, and how many elements all
+UNets and all averages take here, a reference among them; those three at the last optimizer step.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -16,6 +18,8 @@ from pathlib import Path
 
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch.distributed.fsdp import FSDPModule
 
 import sharpening.run  # noqa: F401
 from sharpening.sharding import local
@@ -34,12 +38,30 @@ def count(found):
         weights = [weight for group in self.param_groups for weight in group["params"]]
         states = [self.optimizer.state[weight]["exp_avg"] for weight in weights if weight in self.optimizer.state]
         found["elements"] = sum(weight.numel() for weight in weights)
+        objects = gc.get_objects()
+        unets = [unet for unet in objects if isinstance(unet, UNet2DConditionModel)]
+        averages = [ema.shadow_params for ema in objects if isinstance(ema, EMAModel)]
+        found["unets"] = taken(weight for unet in unets for weight in unet.parameters())
+        found["averages"] = taken(weight for average in averages for weight in average)
+        found["notes"] = sum(map(notes_of_order, unets))
         found["here"] = [
             sum(local(tensor).numel() for tensor in tensors)
             for tensors in (weights, [weight.grad for weight in weights], states)
         ]
 
     UNet2DConditionModel.forward, AcceleratedOptimizer.step = counted, sized
+
+
+def taken(weights):
+    """The elements that the memory of weights has room for."""
+    return sum(local(weight).untyped_storage().nbytes() // weight.element_size() for weight in weights)
+
+
+def notes_of_order(unet):
+    """How many blocks FSDP remembers to have run in a frozen UNet."""
+    if not isinstance(unet, FSDPModule) or any(weight.requires_grad for weight in unet.parameters()):
+        return 0
+    return len(unet._get_fsdp_state()._fsdp_param_group.comm_ctx.post_forward_order)
 
 
 def run(line):
