@@ -40,7 +40,16 @@ from typing import TYPE_CHECKING, Any
 from mllm_template import load_template
 from sharpening.errors import require
 from sharpening.flags import Flag
-from sharpening.rewards import aesthetic, clip, compositional, mllm, score_images, user_rewards
+from sharpening.rewards import (
+    aesthetic,
+    clip,
+    compositional,
+    mllm,
+    score_images,
+    t2i_complex,
+    t2i_spatial,
+    user_rewards,
+)
 from sharpening.rewards import spec as reward_spec
 from sharpening.rewards.blip_vqa import BLIPVQAReward
 from sharpening.rewards.compositional import parse_compositional
@@ -88,13 +97,21 @@ CATALOGUE: dict[str, Callable[..., Any]] = {
     # The cosine of CLIP ViT-B/32, in [-1, 1], about 0.3: T2I-CompBench's score of non-spatial relations. Needs weights
     # that open_clip can download or read.
     "clip_non_spatial": clip.CLIPNonSpatialReward,
+    # Whether two things lie as the prompt says, "a cat on the left of a dog": T2I-CompBench's score of spatial
+    # relations, 0 or [0.5, 1]. Needs a detector from the hub or local (--detector).
+    "t2i_spatial": t2i_spatial.T2ISpatialReward,
+    # The mean of blip_vqa and, as the prompt asks for, t2i_spatial and clip_non_spatial: T2I-CompBench's score of
+    # complex prompts, in [-1/2, 1], mostly 0.2 to 0.6. Needs the models of all three (--detector, --t2i_complex_*).
+    "t2i_complex": t2i_complex.T2IComplexReward,
     # Minus the kilobytes of the image as a JPEG, below 0; near -1 at 32 px, around -100 at 512 px. Needs nothing.
     "jpeg_compressibility": JPEGCompressibilityReward,
     # Whether colour, shape and background are those of a caption of the tiny world, in [0, 1]. Needs such captions.
     "shapes": ShapesReward,
 }
 
-ENTRY_FLAGS = (*clip.FLAGS, *aesthetic.FLAGS, *compositional.FLAGS, *mllm.FLAGS)
+ENTRY_FLAGS = (
+    *clip.FLAGS, *aesthetic.FLAGS, *compositional.FLAGS, *mllm.FLAGS, *t2i_spatial.FLAGS, *t2i_complex.FLAGS,
+)  # fmt: skip
 REWARD_FLAGS: tuple[Flag, ...] = (
     Flag(
         "reward_model",

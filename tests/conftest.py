@@ -115,6 +115,16 @@ def tiny_blip_vqa(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_grounding_dino(tmp_path_factory):
+    return tiny_rewards.write_grounding_dino(tmp_path_factory.mktemp("grounding_dino"))
+
+
+@pytest.fixture(scope="session")
+def tiny_owlv2(tmp_path_factory):
+    return tiny_rewards.write_owlv2(tmp_path_factory.mktemp("owlv2"))
+
+
+@pytest.fixture(scope="session")
 def tiny_image_reward(tmp_path_factory):
     return tiny_rewards.write_image_reward(tmp_path_factory.mktemp("image_reward"))
 

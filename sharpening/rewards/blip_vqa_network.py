@@ -11,13 +11,11 @@ bits, and a prompt without a noun phrase is one question as a whole where the be
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from sharpening.errors import UserError, first_line
+from sharpening.rewards.checkpoint_files import find_pretrained
 from sharpening.rewards.noun_phrases import noun_phrases
 from sharpening.rewards.preprocessing import in_slices, preprocess
 
@@ -52,7 +50,7 @@ class BLIPVQAScorer:
     def __init__(
         self, flag: str, model: str, device: str | torch.device, dtype: torch.dtype | None, cache_dir: str | None
     ) -> None:
-        model = _checked(flag, model)
+        model = find_pretrained(flag, model, {"blip"}, "a BLIP", "BlipForQuestionAnswering")
         from transformers import BlipConfig, BlipForQuestionAnswering, BlipProcessor
 
         self.device, self.dtype = torch.device(device), dtype or torch.float32
@@ -120,22 +118,3 @@ class BLIPVQAScorer:
         logits = self.blip.text_decoder(start, encoder_hidden_states=states, use_cache=False).logits[:, 0]
         yes, no = logits[:, self.answers].float().unbind(dim=1)
         return torch.sigmoid(yes - no)  # the softmax over the two
-
-
-def _checked(flag: str, model: str) -> str:
-    """The model, its home folder expanded, unless it is plainly neither a folder of a BLIP nor a hub id."""
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        if path.is_file() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-            raise UserError(f"{flag}: there is no folder {model}; give a folder's path, or a hub id owner/repository")
-        return model
-    try:
-        kind = json.loads((path / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, LookupError, TypeError):
-        kind = None
-    if kind != "blip":
-        raise UserError(
-            f"{flag}: the folder {model} holds no config.json of a BLIP; give one that transformers' "
-            "BlipForQuestionAnswering was saved to"
-        )
-    return str(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +53,36 @@ def find_checkpoint(flag: str, name: str, filename: str, cache_dir: str | None) 
             f"{flag}: {inside or filename} of {owner}/{repository} could not be had from the hub "
             f"({first_line(error)}); check the name and the connection, or download it elsewhere and give its path"
         ) from error
+
+
+def find_pretrained(flag: str, name: str, kinds: Collection[str], what: str, network: str) -> str:
+    """What `from_pretrained` takes for a folder or hub id, its home folder expanded; nothing is loaded or downloaded.
+
+    Args:
+        flag: what the user wrote, for the message.
+        name: local folder or hub id.
+        kinds: the `model_type` that a folder's config.json may have.
+        what: such a model, as "a BLIP".
+        network: the class of transformers that it is saved from.
+
+    Raises:
+        UserError: naming `flag`, if `name` is plainly neither a hub id nor a folder of such a model.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise UserError(f"{flag}: there is no folder {name}; give a folder's path, or a hub id owner/repository")
+        return name
+    try:
+        kind = json.loads((path / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, LookupError, TypeError):
+        kind = None
+    if kind not in kinds:
+        raise UserError(
+            f"{flag}: the folder {name} holds no config.json of {what}; give one that transformers' {network} was "
+            "saved to"
+        )
+    return str(path)
 
 
 def read_state_dict(flag: str, path: Path) -> dict[str, Tensor]:

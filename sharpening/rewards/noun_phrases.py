@@ -52,6 +52,24 @@ NOUNS_IN_ING = _words("""
     lighting earring sibling duckling dumpling pudding stocking icing lightning carving engraving crossing landing
     awning lining setting parking frosting dining
 """)
+ADJECTIVES = _words("""
+    big small large little tiny huge tall short long high low deep shallow wide narrow thick thin fat slim heavy light
+    old new young ancient modern fresh ripe raw hot warm cool cold wet damp dry hard soft rough smooth sharp blunt flat
+    round square circular rectangular triangular oval spherical cylindrical conical pentagonal hexagonal angular curved
+    straight sleek crisp clean plain bright dark dim dull pale vivid rich sweet sour bitter tart tender loud quiet calm
+    fast slow strong weak full open distant grand elegant delicate intricate fragrant vibrant translucent transparent
+    opaque matte tropical natural geometric compact lush plush plump bold abstract beautiful pretty ugly happy sad
+    gentle humble simple subtle fragile fierce wild rare good bad great fine busy empty
+    wooden woollen woolen golden molten metallic
+""")
+ADJECTIVE_ENDINGS = ("ful", "less", "ous", "ish", "able", "ible", "escent", "some")
+NOUNS_IN_Y = _words("""
+    family butterfly dragonfly firefly city curry lily fly body cherry berry strawberry blueberry raspberry jelly belly
+    bunny puppy kitty teddy baby pony candy gallery battery balcony story lady party century country county army navy
+    assembly potbelly fairy ferry jury library nursery bakery factory laundry luxury pastry ivory ruby lobby hobby sky
+    galaxy daisy poppy peony ivy pansy holly canary berry entry canopy cavalry pottery jewelry memory university mercy
+    burgundy
+""")
 NOUNS_IN_LY = _words("family butterfly dragonfly jelly belly lily fly firefly assembly potbelly")
 
 _DETERMINER, _WORD, _COMMA, _END = "determiner", "word", "comma", "end"
@@ -79,10 +97,16 @@ def noun_phrases(prompt: str) -> list[str]:
     Returns:
         The phrases, possibly none; repetitions are kept.
     """
+    tokens, phrases = parse(prompt)
+    return [" ".join(tokens[start:end]).replace(" ,", ",") for start, end in phrases]
+
+
+def parse(prompt: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The tokens of a prompt, words and signs, and where its noun phrases begin and end among them."""
     tokens = _TOKEN.findall(unicodedata.normalize("NFC", prompt))  # an accent apart would be a sign of its own
     words = [token.lower() for token in tokens]
     kinds = _kinds(words)
-    phrases: list[str] = []
+    phrases: list[tuple[int, int]] = []
     start = None  # of the phrase under way
     for index, kind in enumerate(kinds):
         if kind == _WORD and start is None:
@@ -95,16 +119,37 @@ def noun_phrases(prompt: str) -> list[str]:
         ):  # fmt: skip
             _close(phrases, tokens, kinds, start, index)
             start = None
-    return phrases
+    return tokens, phrases
 
 
-def _close(phrases: list[str], tokens: list[str], kinds: list[str], start: int | None, end: int) -> None:
+def without_adjectives(prompt: str) -> str:
+    """The tokens of a prompt, parted by spaces, without the adjectives of its noun phrases."""
+    tokens, phrases = parse(prompt)
+    inside = {index for start, end in phrases for index in range(start, end - 1)}  # the last word is the noun
+    return " ".join(
+        token for index, token in enumerate(tokens) if index not in inside or not is_adjective(token.lower())
+    )
+
+
+def is_adjective(word: str) -> bool:
+    """Whether a word, lower case, is an adjective where another word of its noun phrase follows.
+
+    Judged by word lists and endings: "old", "wooden", "fluffy", "striped"; not "coat", "leather", "rocking".
+    """
+    if word in ADJECTIVES or word in COLOURS or word.endswith(ADJECTIVE_ENDINGS):
+        return True
+    if word.endswith("ed"):
+        return is_participle(word)
+    return len(word) > 3 and word[-1] == "y" and word[-2] not in "aeiou" and word not in NOUNS_IN_Y
+
+
+def _close(phrases: list[tuple[int, int]], tokens: list[str], kinds: list[str], start: int | None, end: int) -> None:
     """Appends the tokens from `start` to `end`, if a word with a letter is among them, a determiner aside."""
     if start is not None and any(
         kind == _WORD and any(map(str.isalpha, token))
         for token, kind in zip(tokens[start:end], kinds[start:end], strict=True)
     ):
-        phrases.append(" ".join(tokens[start:end]).replace(" ,", ","))
+        phrases.append((start, end))
 
 
 def _kinds(words: list[str]) -> list[str]:
@@ -121,7 +166,7 @@ def _kinds(words: list[str]) -> list[str]:
             predicate = predicate and word in ADVERBS
         elif predicate:
             kinds[index] = _END
-            predicate = not _is_participle(word)  # "is pushing red carts": the rest is an object
+            predicate = not is_participle(word)  # "is pushing red carts": the rest is an object
     return kinds
 
 
@@ -147,12 +192,12 @@ def _ends_phrase(words: list[str], kinds: list[str], index: int) -> bool:
         return after != _WORD
     if word in ("left", "right"):
         return before == _WORD and words[index + 1 : index + 2] == ["of"]
-    if _is_participle(word):
+    if is_participle(word):
         return after == _END if index + 1 < len(words) else before == _WORD
     return False
 
 
-def _is_participle(word: str) -> bool:
+def is_participle(word: str) -> bool:
     return (
         len(word) > 4
         and word.endswith(("ed", "ing"))

@@ -50,7 +50,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def in_slices(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`network(*inputs)` for inputs of B rows each: whole on a GPU, a few rows at a time on the CPU."""
-    size = CPU_SLICE if inputs[0].device.type == "cpu" else len(inputs[0])
+def in_slices(network: Callable[..., Tensor], *inputs: Tensor, most: int | None = None) -> Tensor:
+    """`network(*inputs)` for inputs of B rows each: a few rows at a time on the CPU, whole or `most` rows on a GPU."""
+    size = CPU_SLICE if inputs[0].device.type == "cpu" else most or len(inputs[0])
     return torch.cat([network(*rows) for rows in zip(*(part.split(size) for part in inputs), strict=True)])

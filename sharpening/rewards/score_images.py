@@ -180,7 +180,8 @@ def table(pairs: Sequence[tuple[Path, str]], scores: pd.DataFrame) -> str:
 
     lines = [["image", "prompt", *scores]]
     for (path, prompt), row in zip(pairs, scores.itertuples(index=False), strict=True):
-        lines.append([cut(path.name, 32), cut(prompt, 48), *cells(row, "failed")])
+        absent = "failed" if row[0] != row[0] else "-"  # a part that this prompt does not ask for
+        lines.append([cut(path.name, 32), cut(prompt, 48), *cells(row, absent)])
     lines += [["mean", "", *cells(scores.mean(), "")], ["standard error", "", *cells(scores.sem(), "")]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
@@ -193,7 +194,7 @@ def table(pairs: Sequence[tuple[Path, str]], scores: pd.DataFrame) -> str:
 
 
 def write(path: Path, pairs: Sequence[tuple[Path, str]], scores: pd.DataFrame) -> None:
-    """The scores at full precision as CSV (empty where an image failed) or JSON (null); whole or not at all."""
+    """The scores at full precision as CSV (empty where there is none) or JSON (null); whole or not at all."""
     import pandas as pd
 
     names, prompts = [file.name for file, _ in pairs], [prompt for _, prompt in pairs]

@@ -14,6 +14,7 @@ from tests.support.reward_inputs import noise, to_pil
 from tests.support.tiny_rewards import TINY
 
 CAPTIONS = ["a red circle", "two dogs on a beach", "a blue vase and a green bench", "a red circle"]
+RELATED = ["a cat next to a dog", "a house near a river", "a cat sat on top of a dog", "a fish on the left of a bird"]
 WITH_WEIGHTS = ("convolution", "addmm", "mm", "linear", "embedding", "native_layer_norm")
 HEADS = {"aesthetic", "image_reward", "compositional"}  # their last few layers stay in float32
 # Of float32's scores, as a share of their largest magnitude. These random networks differ by at most 0.086 and 0.013.
@@ -37,12 +38,21 @@ class WeightsSeen(TorchDispatchMode):
 @pytest.fixture(
     params=[
         "clip", "clip_non_spatial", "pickscore", "hpsv2", "aesthetic", "image_reward", "compositional", "blip_vqa",
+        "t2i_spatial", "t2i_spatial owlv2", "t2i_complex",
     ]
 )  # fmt: skip
 def loaded(request):
     """Load one reward with a tiny network in a dtype."""
-    name = request.param
+    name, _, detector = request.param.partition(" ")
     weights = request.getfixturevalue("tiny_clip")[0]
+    if name.startswith("t2i_"):
+        options = {
+            "detector": str(request.getfixturevalue(f"tiny_{detector or 'grounding_dino'}")),
+            "detector_threshold": 0.01,
+            "t2i_complex_blip_vqa": str(request.getfixturevalue("tiny_blip_vqa")),
+            "t2i_complex_clip": f"{TINY}/{weights}",
+        }
+        return name, lambda dtype: load_reward(name, dtype=dtype, **options)
     own = {"pickscore": "tiny_pickscore", "blip_vqa": "tiny_blip_vqa", "aesthetic": "aesthetic_head"}
     own |= dict.fromkeys(("image_reward", "compositional"), "tiny_image_reward")
     model = request.getfixturevalue(own[name]) if name in own else f"{TINY}/{weights}"
@@ -62,7 +72,7 @@ def test_networks_compute_in_the_dtype_and_score_nearly_alike(loaded, dtype):
     for each in (None, dtype):
         reward = load(each)
         with WeightsSeen() as seen:
-            scores[each] = reward.get_reward(images, CAPTIONS)
+            scores[each] = reward.get_reward(images, RELATED if name.startswith("t2i_") else CAPTIONS)
         wanted = {torch.float32} if each is None else {getattr(torch, dtype)}
         assert seen.dtypes == (wanted | {torch.float32} if name in HEADS else wanted)
     full, half = scores[None], scores[dtype]

@@ -116,6 +116,78 @@ def write_blip_vqa(folder):
     return folder
 
 
+def write_grounding_dino(folder):
+    """A folder with a random GroundingDinoForObjectDetection that sees 64 px, and its processor.
+
+    Its boxes are small and all over, its scores mostly high, and both depend on image and text.
+    """
+    from transformers import (
+        BertConfig,
+        BertTokenizer,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        SwinConfig,
+    )
+
+    # [CLS], [SEP], the dot and the question mark have the ids of BERT, which are constants of the network's code.
+    words = [f"[unused{index}]" for index in range(999)]
+    words[0], words[100:104] = "[PAD]", ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += [chr(sign) for sign in range(33, 65)]
+    known = set(words)
+    words += [word for word in vocabulary() if word not in known]
+    text = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        pad_token_id=0,
+    )  # fmt: skip
+    backbone = SwinConfig(
+        image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = GroundingDinoConfig(
+        backbone_config=backbone, text_config=text, d_model=32, num_queries=20, encoder_layers=2, decoder_layers=2,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GroundingDinoForObjectDetection(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    image_processor = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 106})
+    GroundingDinoProcessor(image_processor, BertTokenizer.from_pretrained(str(folder))).save_pretrained(folder)
+    return folder
+
+
+def write_owlv2(folder):
+    """A folder with a random Owlv2ForObjectDetection of 64 px and its processor; its boxes are large and all over."""
+    from transformers import CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
+
+    tokenizer = CLIPTokenizer.from_pretrained(
+        Path(__file__).parents[2] / "tiny_world" / "sdxl" / "tokenizer", model_max_length=16
+    )
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    vision = {**tower, "image_size": 64, "patch_size": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Owlv2ForObjectDetection(Owlv2Config(text_config=text, vision_config=vision, projection_dim=32))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.startswith(("box_head", "class_head.logit")):
+                    parameter.mul_(0.2)
+                elif parameter.ndim == 2 and name.startswith("owlv2"):
+                    parameter.mul_(10 if "text_model" in name else 3)
+    model.save_pretrained(folder)
+    size = {"height": 64, "width": 64}
+    Owlv2Processor(Owlv2ImageProcessor(size=size), tokenizer).save_pretrained(folder)
+    return folder
+
+
 def write_image_reward(folder, variant=0):
     """`ImageReward.pt` and `vocab.txt`, with the keys of the real package; variants have weights of their own."""
     weights = image_reward_weights("tiny")
