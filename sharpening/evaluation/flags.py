@@ -24,7 +24,8 @@ FLAGS = (
     Flag("prompts", "a file, or shapes, drawbench, partiprompts, t2i-compbench:SPLIT", required=True),
     Flag(
         "metrics",
-        "rewards that were not trained on, such as blip_vqa or clip_non_spatial, those of T2I-CompBench",
+        "rewards that were not trained on, such as blip_vqa, t2i_spatial, clip_non_spatial and t2i_complex, those of "
+        "T2I-CompBench",
         nargs="*",
         metavar="SPEC",
     ),

@@ -55,6 +55,22 @@ def test_metrics_of_t2i_compbench(evaluate, folder, tiny_blip_vqa, tiny_clip, tm
         assert summary["metrics"][metric]["other"]["mean"] == pytest.approx(np.mean(column))
 
 
+def test_spatial_and_complex_of_t2i_compbench(
+    evaluate, folder, tiny_grounding_dino, tiny_blip_vqa, tiny_clip, tmp_path
+):
+    prompts = tmp_path / "related.txt"
+    prompts.write_text("a cat next to a dog\nThe bird sat near the old tree.\n")
+    models = {"t2i_complex_blip_vqa": tiny_blip_vqa, "t2i_complex_clip": f"{TINY}/{tiny_clip[0]}"}
+    options = {"metrics": ["t2i_spatial", "t2i_complex"], "reward_model": "jpeg_compressibility", **models}
+    summary = evaluate(*both(folder), prompts=prompts, detector=tiny_grounding_dino, **options)
+    with (tmp_path / "out" / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for metric in ("t2i_spatial", "t2i_complex"):
+        column = [float(row[f"other/{metric}"]) for row in rows]
+        assert len(set(column)) > 1 and -0.5 <= min(column) <= max(column) <= 1
+        assert summary["metrics"][metric]["other"]["mean"] == pytest.approx(np.mean(column))
+
+
 @pytest.mark.parametrize(("guidance", "rows"), [(1, 2), (3, 4)])
 def test_nfe_is_the_number_of_unet_rows_of_an_image(guidance, rows, evaluate, folder):
     models = evaluate(*both(folder), guidance_scale=guidance)["models"]

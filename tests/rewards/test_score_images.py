@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from reward import cli, load_reward
+from tests.support.tiny_rewards import TINY
 from tiny_world import shapes
 from tiny_world.grader_server import Action, grades
 
@@ -124,6 +125,27 @@ def test_images_that_could_not_be_scored_are_shown_as_failed(server, folder, tmp
     assert run("--images", folder, *flags, "--output", output) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: the reward mllm") and "refused: no" in error and not output.exists()
+
+
+def test_part_that_a_prompt_does_not_ask_for_is_no_failure(
+    folder, tiny_clip, tiny_blip_vqa, tiny_grounding_dino, tmp_path, capsys
+):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat next to a dog\na cat sat next to a dog\na cat and a dog\n")
+    flags = [f"--detector={tiny_grounding_dino}", f"--t2i_complex_blip_vqa={tiny_blip_vqa}"]
+    flags += [f"--t2i_complex_clip={TINY}/{tiny_clip[0]}", f"--output={tmp_path}/scores.csv"]
+    assert run("--images", folder, "--prompts", prompts, "--reward_model=t2i_complex", *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [[cell == "-" for cell in line.split()[-3:]] for line in lines[2:5]] == [
+        [False, False, True],
+        [False, False, False],
+        [False, True, False],
+    ]
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["t2i_complex/clip"] == "" for row in rows] == [True, False, False]
+    assert [row["t2i_complex/spatial"] == "" for row in rows] == [False, False, True]
+    assert all(row["reward"] for row in rows)
 
 
 def corrupt(folder):

@@ -49,7 +49,7 @@ def scores_and_boxes(folder, picture, pair):
     processor = AutoProcessor.from_pretrained(folder)
     grounding = model.config.model_type == "grounding-dino"
     text = [list(pair)] if grounding else [[f"a photo of a {thing}" for thing in pair]]
-    inputs = processor(images=picture, text=text, return_tensors="pt")
+    inputs = processor(images=picture, text=text, truncation=True, return_tensors="pt")
     with torch.no_grad():
         output = model(**inputs)
     size = [(picture.height, picture.width)]

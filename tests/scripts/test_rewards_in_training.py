@@ -6,15 +6,30 @@ from safetensors.torch import load_file
 
 from mllm_template import load_template
 from reward import CATALOGUE
+from tests.support.captioned_files import image_folder
 from tests.support.runs import metrics
 from tests.support.tiny_rewards import TINY, write_image_reward
 from tiny_world.grader_server import Action, grades
 
+RELATED = ["a cat sat next to a dog", "a house stood near a river", "a bird sits on top of a tree"]
 SMALL = {"train_batch_size": 1, "num_noisy_latents": 2, "trajectory_nums": 2, "max_train_steps": 2}
 
 
 @pytest.fixture
-def options(tiny_clip, aesthetic_head, tiny_pickscore, tiny_image_reward, tiny_blip_vqa, tmp_path, server):
+def spatial_options(tiny_clip, tiny_blip_vqa, tiny_grounding_dino, tmp_path):
+    """Flags that run t2i_spatial and t2i_complex here, on captions that both can score."""
+    shared = {"detector": tiny_grounding_dino, "train_data_dir": image_folder(tmp_path / "related", RELATED)}
+    models = {"t2i_complex_blip_vqa": tiny_blip_vqa, "t2i_complex_clip": f"{TINY}/{tiny_clip[0]}"}
+    return {
+        "t2i_spatial": {"reward_model": "t2i_spatial", **shared},
+        "t2i_complex": {"reward_model": "t2i_complex", **shared, **models},
+    }
+
+
+@pytest.fixture
+def options(
+    tiny_clip, aesthetic_head, tiny_pickscore, tiny_image_reward, tiny_blip_vqa, spatial_options, tmp_path, server
+):
     """Flags that run each entry here: without the internet, against the local grader."""
     clip = f"{TINY}/{tiny_clip[0]}"
     spatial = write_image_reward(tmp_path / "spatial", 1)
@@ -32,12 +47,17 @@ def options(tiny_clip, aesthetic_head, tiny_pickscore, tiny_image_reward, tiny_b
         "aesthetic": {"reward_model": f"aesthetic:{aesthetic_head}", "aesthetic_clip": clip},
         "blip_vqa": {"reward_model": f"blip_vqa:{tiny_blip_vqa}"},
         "clip_non_spatial": {"reward_model": f"clip_non_spatial:{clip}"},
+        **spatial_options,
         "jpeg_compressibility": {"reward_model": "jpeg_compressibility"},
         "shapes": {"reward_model": "shapes"},
     }
 
 
-PARTS = {"compositional": ["attribute", "spatial"], "mllm": load_template("five_aspects").aspects}
+PARTS = {
+    "compositional": ["attribute", "spatial"],
+    "mllm": load_template("five_aspects").aspects,
+    "t2i_complex": ["blip_vqa", "spatial", "clip"],
+}
 
 
 @pytest.mark.usefixtures("no_result")
@@ -51,6 +71,31 @@ def test_training_with(name, options, train, flags, tmp_path):
         assert line["reward/failure_rate"] == 0
         for part in PARTS.get(name, []):
             assert f"reward/component/{name}/{part}" in line
+
+
+@pytest.mark.usefixtures("no_result")
+@pytest.mark.parametrize("method", ["RLHF"])
+@pytest.mark.parametrize("name", ["t2i_spatial", "t2i_complex"])
+def test_rlhf_with(name, spatial_options, train, flags, tmp_path):
+    changes = {**SMALL, **spatial_options[name], "train_data_dir": None, "prompts_file": tmp_path / "prompts.txt"}
+    changes["prompts_file"].write_text("\n".join(RELATED))
+    assert train(flags(**changes)) == 0
+    for line in metrics(tmp_path / "run"):
+        assert line[f"reward/component/{name}"] == pytest.approx(line["reward/mean"], rel=1e-4, abs=1e-5)
+        assert line["reward/failure_rate"] == 0
+
+
+@pytest.mark.usefixtures("no_result")
+def test_prompt_that_t2i_spatial_cannot_score_stops_the_run_and_is_named(
+    spatial_options, train, flags, tmp_path, capsys
+):
+    changes = {**SMALL, **spatial_options["t2i_spatial"]}
+    changes["train_data_dir"] = image_folder(tmp_path / "other", ["a cat and a dog"])
+    assert train(flags(**changes)) == 1
+    error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert "the reward t2i_spatial needs two things" in error and "'a cat and a dog'" in error
+    assert train(flags(**changes, reward_failure="skip", output_dir=tmp_path / "skipped")) == 0
+    assert [line["reward/failure_rate"] for line in metrics(tmp_path / "skipped")] == [1, 1]
 
 
 @pytest.mark.usefixtures("no_result")
