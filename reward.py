@@ -190,8 +190,8 @@ def load_reward(
             model on this machine ignore it, and images and scores are float32 in any case.
         failure: `--reward_failure`: "raise", or "skip" to score images that cannot be scored NaN.
         processes: how many of a run share `--mllm_max_calls`.
-        flags: `cache_dir`, `base_url`, `api_key`, and the flags that begin with the name of an entry, such as
-            `clip_model` and `mllm_timeout`; one that is None or left out has its default.
+        flags: `cache_dir`, `base_url`, `api_key`, `detector`, `detector_threshold`, and the flags that begin with the
+            name of an entry, such as `clip_model` and `mllm_timeout`; one that is None or left out has its default.
 
     Raises:
         UserError: naming the flag, if the spec is wrong or a reward cannot be imported, constructed or loaded.

@@ -38,16 +38,17 @@ class T2ISpatialReward:
     """T2I-CompBench's score of spatial relations (Huang et al. 2023, arXiv 2307.06350), with another detector.
 
     Of a prompt such as "a cat on the left of a dog" both things are looked for, girl, boy, man and woman as a person,
-    and the best box of each is taken. 0.25 x both scores of the detector + 0.5 x how well the relation holds between
-    the boxes (`sharpening/rewards/spatial_relation.py`); what is below 0.5 becomes 0. Range: 0, or [0.5, 1]. The
-    benchmark reports the mean over ten images of each prompt.
+    and the best box of each is taken; "a man near a woman" is twice the same box, as in the benchmark. The score is
+    0.25 x both scores of the detector + 0.5 x how well the relation holds between the boxes
+    (`sharpening/rewards/spatial_relation.py`); what is below 0.5 becomes 0. Range: 0, or [0.5, 1]. The benchmark
+    reports the mean over ten images of each prompt.
 
     Close to the published numbers, not equal to them: they come from UniDet, which knows a list of classes, finds a
     thing of no other, and reports what it scores above 0.5. `spatial_relation.py` says what else differs: above all,
     "on top of" is judged as "on the top of", where the benchmark gives 0.
 
-    A prompt needs one of the relations next to, near, on side of, on (the) left / right / top / bottom of, with a
-    thing on either side. One without it cannot be scored: `--reward_failure` decides what follows.
+    A prompt needs one of the relations next to, near, on side of, on the left / right / top / bottom of, on top /
+    bottom of, with a thing on either side. One without it cannot be scored: `--reward_failure` decides what follows.
 
     Args:
         model: hub id or folder of the detector (`t2i_spatial:MODEL` in the spec); wins over `detector`.

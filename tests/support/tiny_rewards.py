@@ -117,7 +117,7 @@ def write_blip_vqa(folder):
 
 
 def write_grounding_dino(folder):
-    """A folder with a random GroundingDinoForObjectDetection that sees 64 px, and its processor.
+    """A folder with a random GroundingDinoForObjectDetection that sees 96 px, and its processor.
 
     Its boxes are small and all over, its scores mostly high, and both depend on image and text.
     """
@@ -157,7 +157,7 @@ def write_grounding_dino(folder):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
-    image_processor = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 106})
+    image_processor = GroundingDinoImageProcessor(size={"shortest_edge": 96, "longest_edge": 160})
     GroundingDinoProcessor(image_processor, BertTokenizer.from_pretrained(str(folder))).save_pretrained(folder)
     return folder
 
