@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from reward import REWARD_FLAGS, check_reward_flags, load_reward, reward_options
 from sharpening import flags, run_flags
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sharpening.selection import Selection
-    from sharpening.trajectory import Predict, Schedule
 
 PATHS = (*run_flags.PROMPTS, run_flags.NUM_NOISY_LATENTS, run_flags.TRAJECTORY_NUMS, run_flags.INFER_STEPS)
 FLAGS: flags.Groups = {**run_flags.RUN_FLAGS, "paths": PATHS, "reward": REWARD_FLAGS}
@@ -72,52 +71,6 @@ def advantages(selection: Selection) -> Tensor:
     return torch.where(selection.tied[:, None], 0, deviation / spread.clamp(min=1e-8)).clamp(-5, 5)
 
 
-class Transitions(NamedTuple):
-    """m steps of the stochastic paths of R samples, as regression problems."""
-
-    x: Tensor  # (R, m, ...) the states that were left
-    t: Tensor  # (R, m) their timesteps
-    target: Tensor  # (R, m, ...) what a model would output that expects the state reached
-    precision: Tensor  # (R, m) -log p(reached | x) = precision * mean squared error of the output + a constant
-
-
-def sample_paths(
-    predict: Predict, schedule: Schedule, x: Tensor, noises: Tensor, kept: Tensor
-) -> tuple[Tensor, Transitions]:
-    """Sample clean latents (R, ...) from noise x (R, ...) by DDIM with eta = 1, and m transitions of each row's path.
-
-    noises (R, T - 1, ...) are what the steps add; the last of the T steps is deterministic. kept (R, m) says which
-    steps of a row to return, in [0, T - 1).
-
-    The mean of a step is linear in the noise estimate e with a slope c: a step that added `spread * z` is what a model
-    would expect whose estimate is `e + spread z / c`. The log-density of the step, as a mean over elements (as in
-    DDPO), is therefore minus a squared error times `c^2 / (2 spread^2)`.
-    """
-    import torch
-
-    from sharpening.trajectory import ddim_step, stochastic_factors
-
-    transitions = []
-    *stochastic, last = schedule.timesteps.tolist()
-    for step, timestep in enumerate(stochastic):
-        t = torch.full((len(x),), timestep, device=x.device)
-        x0_hat, eps_hat = schedule.clean_and_noise(predict(x, t), x, timestep)
-        alpha_t, sigma_t = schedule.alpha_sigma(timestep, x)
-        alpha, remaining, spread = stochastic_factors(schedule, timestep, x)
-        slope = remaining - alpha * sigma_t / alpha_t
-        eps = eps_hat + spread / slope * noises[:, step]
-        target = schedule.target((x - sigma_t * eps) / alpha_t, eps, t)
-        # An error of the noise estimate, in units of what the model outputs.
-        unit = {"epsilon": 1.0, "v_prediction": alpha_t, "sample": alpha_t / sigma_t}[schedule.prediction_type]
-        precision = torch.full((len(x),), (slope * unit / spread) ** 2 / 2, dtype=x.dtype, device=x.device)
-        transitions.append((x, t, target, precision))
-        x = ddim_step(schedule, x0_hat, eps_hat, timestep, noises[:, step])
-    t = torch.full((len(x),), last, device=x.device)
-    x_0 = ddim_step(schedule, *schedule.clean_and_noise(predict(x, t), x, last), last)
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    return x_0, Transitions(*(torch.stack(part, 1)[rows, kept] for part in zip(*transitions, strict=True)))
-
-
 def main(args: argparse.Namespace) -> int:
     """Train; returns 0 when finished.
 
@@ -151,6 +104,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_rewards
     from sharpening.selection import begin_samples, select
+    from sharpening.stochastic import Transitions, sample_paths
     from sharpening.transfer import slices, upload
 
     run = Run(plan)
@@ -187,7 +141,7 @@ def main(args: argparse.Namespace) -> int:
         # One autocast around the pass: it converts the weights once, and forgets them before a gradient is taken.
         with torch.no_grad(), run.phase("generation"), accelerator.autocast():
             sampled = [
-                sample_paths(denoiser.rows(part).predict, schedule, *(upload(of[part], device) for of in drawn))
+                sample_paths(denoiser.rows(part), schedule, *(upload(of[part], device) for of in drawn))
                 for part in slices(len(noise), args.generation_batch_size)
             ]
         x_0 = torch.cat([part[0] for part in sampled])  # (P * n, 4, h, w)

@@ -8,7 +8,7 @@ from sharpening.run_flags import RUN_FLAGS
 
 SCRIPTS = (
     "train_sft_diffusion_sharpening_sdxl", "train_rlhf_diffusion_sharpening_sdxl", "baselines.diffusion_dpo",
-    "baselines.best_of_n", "baselines.ddpo",
+    "baselines.best_of_n", "baselines.ddpo", "baselines.d3po",
 )  # fmt: skip
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 INTRODUCTION = """# Flags

@@ -112,7 +112,7 @@ def draw_noise(seed: int, keys: Sequence[int | str], count: int, shape: Sequence
 
 
 def draw_paths(
-    seed: int, draws: Sequence[int], n: int, shape: Sequence[int], steps: int, kept: int
+    seed: int, draws: Sequence[int], n: int, shape: Sequence[int], steps: int, kept: int = 0
 ) -> tuple[Tensor, Tensor]:
     """What is random along n stochastic sampling paths of `steps` steps per draw.
 

@@ -258,6 +258,17 @@ def predict_output(unet: nn.Module, x: Tensor, t: Tensor, condition: Condition) 
     return output.to(x.dtype)
 
 
+def predict_guided(
+    unet: nn.Module, x: Tensor, t: Tensor, condition: Condition, unconditional: Unconditional, guidance_scale: float
+) -> Tensor:
+    """The output (R, 4, h, w) under classifier-free guidance (1: without), its gradient through both of its parts."""
+    if guidance_scale == 1:
+        return predict_output(unet, x, t, condition)
+    both = Condition(*map(torch.cat, zip(condition, condition.without_prompt(unconditional), strict=True)))
+    conditional, without = predict_output(unet, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    return without + guidance_scale * (conditional - without)
+
+
 def predict_along(unet: nn.Module, path: Path, condition: Condition, batch_size: int | None = None) -> Tensor:
     """The UNet's output (R, m, 4, h, w) on all states of R branches, condition of R rows; `batch_size` states at a
     time, or all at once."""

@@ -23,6 +23,11 @@ class Model(NamedTuple):
     predict: Predict
     guide: Guide | None = None
 
+    def direction(self, x: Tensor, t: Tensor) -> Tensor:
+        """The output (R, ...) that a sampler follows from x (R, ...) at t (R,)."""
+        output = self.predict(x, t)
+        return output if self.guide is None else self.guide(output, x, t)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -296,10 +301,7 @@ def generate(model: Model, schedule: Schedule, x: Tensor) -> Tensor:
     """
     for timestep in schedule.timesteps.tolist():
         t = torch.full((len(x),), timestep, device=x.device)
-        output = model.predict(x, t)
-        if model.guide is not None:
-            output = model.guide(output, x, t)
-        x = ddim_step(schedule, *schedule.clean_and_noise(output, x, timestep), timestep)
+        x = ddim_step(schedule, *schedule.clean_and_noise(model.direction(x, t), x, timestep), timestep)
     return x
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tiny_world/sdxl"
 SFT, RLHF = "train_sft_diffusion_sharpening_sdxl", "train_rlhf_diffusion_sharpening_sdxl"  # paths without .py
-DPO, BEST_OF_N, DDPO = (f"baselines/{name}" for name in ("diffusion_dpo", "best_of_n", "ddpo"))
+DPO, BEST_OF_N, DDPO, D3PO = (f"baselines/{name}" for name in ("diffusion_dpo", "best_of_n", "ddpo", "d3po"))
 TRAINING_PROMPTS = 45
 
 

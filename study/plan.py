@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from study.cost import BEST_OF_N, DDPO, DPO, MODEL, RLHF, SFT, compute_before, compute_per_update
+from study.cost import BEST_OF_N, D3PO, DDPO, DPO, MODEL, RLHF, SFT, compute_before, compute_per_update
 from study.settings import (
     COMMON,
     DATA,
@@ -22,6 +22,7 @@ from study.settings import (
     ON_IMAGES,
     ON_SAMPLES,
     PAIRS,
+    PAIRS_OF_PATHS,
     PATHS,
     PLAIN,
     SAMPLES,
@@ -161,6 +162,7 @@ class Planner:
             "Diffusion-DPO, fixed pairs": self.per_seed("table1_dpo", DPO, **dpo),
             "Diffusion-DPO in 3 rounds (as IterPO)": self.per_seed("table1_dpo_rounds", DPO, **in_rounds),
             "policy gradient (DDPO)": self.per_seed("table1_ddpo", DDPO, **PATHS),
+            "D3PO": self.per_seed("table1_d3po", D3PO, **PAIRS_OF_PATHS),
             ON_IMAGES: self.per_seed("table1_sft", SFT, **SHARPENED),
             THE_LETTER: self.per_seed("table1_rlhf_letter", RLHF, **LETTER),
             ON_SAMPLES: self.per_seed("table1_rlhf", RLHF, **SAMPLES),

@@ -22,6 +22,9 @@ PATHS = {
     "num_noisy_latents": 4, "trajectory_nums": 4, "infer_steps": 10, "generation_batch_size": 96,
     "learning_rate": 1e-4,
 }  # fmt: skip
+PAIRS_OF_PATHS = {
+    "num_noisy_latents": 2, "infer_steps": 10, "guidance_scale": 1, "generation_batch_size": 96, "learning_rate": 1e-4,
+}  # fmt: skip
 # As the paper has it, but without guidance, which all models here are judged without.
 LETTER = {
     "num_noisy_latents": 3, "trajectory_nums": 3, "infer_steps": 25, "guidance_scale": 1, "beta_dpo": 2500,

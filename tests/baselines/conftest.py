@@ -34,8 +34,8 @@ def prompts(tmp_path):
 @pytest.fixture
 def quick(method):
     """The flags of a run of few forwards."""
-    steps = {"infer_steps": 3, "trajectory_nums": 1} if method == "DDPO" else {"infer_steps": 2}
-    return {"num_noisy_latents": 2, **steps}
+    steps = {"DDPO": {"infer_steps": 3, "trajectory_nums": 1}, "D3PO": {"infer_steps": 3}}
+    return {"num_noisy_latents": 2, **steps.get(method, {"infer_steps": 2})}
 
 
 @pytest.fixture

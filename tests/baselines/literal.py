@@ -17,9 +17,9 @@ CAPTIONS = [
 LATENT = (4, 8, 8)  # of 32 px
 
 
-def unet_with(model, weights=None):
-    """The UNet of a pipeline in float64, with other weights if they are given."""
-    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").double()
+def unet_with(model, weights=None, lora=False):
+    """The UNet of a pipeline in float64, with other weights, or with those of an adapter, if they are given."""
+    unet = trainable(model, lora).double()
     return double_precision(SimpleNamespace(unet=unet if weights is None else put(weights, unet))).unet
 
 

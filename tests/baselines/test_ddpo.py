@@ -7,12 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from baselines.ddpo import advantages, sample_paths
+from baselines.ddpo import advantages
 from sharpening import sdxl
 from sharpening.draws import draw_paths
 from sharpening.regression import Rows
 from sharpening.selection import select
-from sharpening.trajectory import Schedule
+from sharpening.stochastic import sample_paths
+from sharpening.trajectory import Model, Schedule
 from tests.baselines import literal
 from tests.support.objective import double_precision, gradient, problem
 from tiny_world.make_tiny_sdxl import make_pipeline
@@ -77,7 +78,7 @@ def test_gradient_is_that_of_the_log_densities_of_the_sampled_steps(pipeline, pr
         return sdxl.predict_output(unet, x, t, condition)
 
     with torch.no_grad():
-        x_0, path = sample_paths(predict, schedule, x, noises, kept)
+        x_0, path = sample_paths(Model(predict), schedule, x, noises, kept)
     weight = advantage[:, None] * path.precision / (4 * m)
     of_rows = condition.rows(torch.arange(4).repeat_interleave(m))
     unet.zero_grad(set_to_none=False)
@@ -114,7 +115,7 @@ def test_a_path_keeps_the_steps_it_was_told_to(pipeline):
         return 0.1 * x
 
     x = torch.randn(3, 4, 4, 4, dtype=torch.float64)
-    _, path = sample_paths(predict, schedule, x, noises, kept)
+    _, path = sample_paths(Model(predict), schedule, x, noises, kept)
     assert path.x.shape == path.target.shape == (3, STEPS - 1, 4, 4, 4)
     assert path.t.shape == path.precision.shape == (3, STEPS - 1)
     for row in range(3):
@@ -135,7 +136,7 @@ def test_a_model_that_outputs_the_target_expects_the_state_that_was_reached(pipe
         return (0.3 * x).tanh()
 
     x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
-    _, path = sample_paths(predict, schedule, x, noises, torch.arange(STEPS - 1).expand(2, -1))
+    _, path = sample_paths(Model(predict), schedule, x, noises, torch.arange(STEPS - 1).expand(2, -1))
     nothing = torch.zeros_like(x)
     for k, timestep in enumerate(schedule.timesteps.tolist()[:-1]):
         target, state = path.target[:, k], path.x[:, k]
@@ -159,7 +160,7 @@ def test_policy_gradient_ascends_the_reward():
     x = torch.randn(rows, 1, 1, 1, generator=generator, dtype=torch.float64)
     noises = torch.randn(rows, STEPS - 1, 1, 1, 1, generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        _, path = sample_paths(predict, schedule, x, noises, torch.arange(STEPS - 1).expand(rows, -1))
+        _, path = sample_paths(Model(predict), schedule, x, noises, torch.arange(STEPS - 1).expand(rows, -1))
         # Not the clean latent: it is the model's constant but for little noise.
         rewards = path.x[:, -1].view(-1, n, 1).float()
     advantage = advantages(select(rewards.flatten(0, 1), torch.ones(rows, 1, dtype=torch.bool), n)).flatten().double()

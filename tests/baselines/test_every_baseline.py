@@ -28,9 +28,11 @@ PREFERENCE = {
     "preference/log_ratio_worst", "reward/margin",
 }  # fmt: skip
 BASE = {"samples_of": "base"}
+ONLINE = ("DDPO", "D3PO")  # nothing is drawn once for the whole run
+PREFERRING = ("DPO", "D3PO")  # with a reference and preference curves
 
 
-@pytest.fixture(params=["DPO", "BEST_OF_N", "DDPO"])
+@pytest.fixture(params=["DPO", "BEST_OF_N", "DDPO", "D3PO"])
 def method(request):
     return request.param
 
@@ -61,6 +63,11 @@ def cases(of_method):
             {**BASE, "use_lora": True, "guidance_scale": 1},
         ],
         "DDPO": [{}, {"num_noisy_latents": 4, "trajectory_nums": 3, "gradient_accumulation_steps": 2}],
+        "D3PO": [
+            {},
+            {"num_noisy_latents": 4, "train_rows": 7, "gradient_accumulation_steps": 2},
+            {"guidance_scale": 1, "use_lora": True},
+        ],
     }
 )
 def test_rows_are_those_documented(method, changes, script, train, flags, prompts, quick, seen):
@@ -73,7 +80,7 @@ def test_rows_are_those_documented(method, changes, script, train, flags, prompt
     args = script.parse_args(command)
     counted = {purpose: literal.rows_of(seen, purpose) for purpose in ("generate", "reference", "train")}
     counted["decode"] = sum(map(len, seen.decodes))
-    before = {} if method == "DDPO" else script.rows_before(args, len(literal.CAPTIONS))
+    before = {} if method in ONLINE else script.rows_before(args, len(literal.CAPTIONS))
     per_step = script.rows_per_step(args)
     assert counted == {name: steps * per_step.get(name, 0) + before.get(name, 0) for name in counted}
     assert counted["train"] > 0 and counted["generate"] > 0 and counted["decode"] > 0
@@ -97,8 +104,13 @@ PLAN = {  # 8 prompts a step, n = 5; 5 steps to generate, of two rows each with 
         "forwards per step": "200 rows to generate, 120 rows to train, per process",
         "decodes per step": "40, per process",
     },
+    "D3PO": {
+        "paths": "best and worst of n = 5 of 5 steps per prompt, 4 trained on",
+        "forwards per step": "400 rows to generate, 128 rows to reference, 128 rows to train, per process",
+        "decodes per step": "40, per process",
+    },
 }
-PLANNED = {"DPO": {"sets": 3, "rounds": 2}, "BEST_OF_N": {**BASE, "sets": 3}, "DDPO": {}}
+PLANNED = {"DPO": {"sets": 3, "rounds": 2}, "BEST_OF_N": {**BASE, "sets": 3}, "DDPO": {}, "D3PO": {}}
 
 
 def plan_of(text):
@@ -114,7 +126,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_p
     assert train(flags(**options, dry_run=True)) == 0
     plan = plan_of(capsys.readouterr().out)
     assert {name: plan[name] for name in PLAN[method]} == PLAN[method]
-    assert ("drawn once" in plan) == (method != "DDPO")
+    assert ("drawn once" in plan) == (method not in ONLINE)
     assert plan["rows per step"] == "8 = 2 per batch x 4 accumulated x 1 processes"
     assert plan["steps"] == "2, 2 per epoch, 1.00 epochs"
     assert ("reference" in plan["memory held"]) == (method != "DDPO")
@@ -158,17 +170,17 @@ def test_help_lists_every_flag_without_importing_torch(script):
 def test_dry_runs_do_not_wait_for_the_models_code_to_be_imported(flags):
     """All of them in one process, whose imports take longest."""
     result = run_alone(
-        "import sys\nfrom baselines import best_of_n, ddpo, diffusion_dpo\n"
-        f"for script in (diffusion_dpo, best_of_n, ddpo):\n    assert script.cli({flags(dry_run=True)!r}) == 0\n"
+        "import sys\nfrom baselines import best_of_n, d3po, ddpo, diffusion_dpo\n"
+        f"for script in (diffusion_dpo, best_of_n, ddpo, d3po):\n    assert script.cli({flags(dry_run=True)!r}) == 0\n"
         "assert not {'diffusers.models', 'peft', 'bitsandbytes'} & set(sys.modules)"
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("memory held") == 3
+    assert result.stdout.count("memory held") == 4
 
 
 # ------------------------------------------------------------------------------------------------------------ resume
 
-OWN = {"DPO": [{}], "BEST_OF_N": [{}, BASE], "DDPO": [{}]}
+OWN = {"DPO": [{}], "BEST_OF_N": [{}, BASE], "DDPO": [{}], "D3PO": [{}]}
 
 
 @pytest.mark.usefixtures("no_result")
@@ -206,6 +218,7 @@ BOUND = {
     "DPO": [{"beta_dpo": 10.0}, {"sets": 2}, {"guidance_scale": 2.0}, {"noise_offset": 0.1}],
     "BEST_OF_N": [BASE, {**BASE, "sets": 2}, {"num_noisy_latents": 3}, {"snr_gamma": 5.0}],
     "DDPO": [{"trajectory_nums": 2}, {"num_noisy_latents": 3}],
+    "D3PO": [{"beta": 0.2}, {"ratio_clip": 0.2}, {"num_noisy_latents": 3}, {"guidance_scale": 2.0}],
 }
 
 
@@ -240,18 +253,26 @@ def test_checkpoint_of_another_script_is_refused(train, flags, trained_once, qui
 
 # A reward is of an image that the VAE decodes in float32: of selection nothing of its rounding is left, of advantages
 # all of it.
-ROUNDING = {"DPO": 1e-9, "BEST_OF_N": 1e-9, "DDPO": 1e-3}
+ROUNDING = {"DPO": 1e-9, "BEST_OF_N": 1e-9, "DDPO": 1e-3, "D3PO": 1e-9}
 NOISING = {"proportion_empty_prompts": 0.3, "noise_offset": 0.1}
 
 
 @pytest.mark.usefixtures("no_result", "in_double")
-@cases({"DPO": [NOISING, {"use_lora": True}], "BEST_OF_N": [NOISING, {**NOISING, **BASE}], "DDPO": [{}]})
+@cases(
+    {
+        "DPO": [NOISING, {"use_lora": True}],
+        "BEST_OF_N": [NOISING, {**NOISING, **BASE}],
+        "DDPO": [{}],
+        "D3PO": [{}, {"use_lora": True}],
+    }
+)
 def test_accumulated_batches_equal_a_bigger_batch(method, changes, train, flags, quick, seen, tmp_path):
     """The gradient of the second step, where DPO's model has left its reference."""
     options = {**quick, "infer_steps": 3, "max_train_steps": 2, "max_grad_norm": 1e9, "learning_rate": 1e-4, **changes}
     whole, parts = tmp_path / "4x1", tmp_path / "1x4"
     assert train(flags(**options, train_batch_size=4, output_dir=whole)) == 0
-    split = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "score_batch_size": 1, "train_rows": 2}
+    split = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "score_batch_size": 1}
+    split["train_rows"] = 4 if method == "D3PO" else 2
     assert train(flags(**options, **split, output_dir=parts)) == 0
     for one, other in zip(seen.updates[:2], seen.updates[2:], strict=True):
         assert (one.gradient - other.gradient).norm() < ROUNDING[method] * one.gradient.norm()
@@ -266,7 +287,9 @@ def second_gradient(method, train, flags, quick, seen, tmp_path):
     """The gradient of the second step of a run in which the first one moves the model."""
 
     def of(**changes):
-        options = {**quick, "infer_steps": 3, "max_train_steps": 2, "max_grad_norm": 1e9, "learning_rate": 1e-3}
+        options = {**quick, "infer_steps": 3, "max_train_steps": 2, "max_grad_norm": 1e9}
+        # D3PO has no gradient where a step has gone too far.
+        options["learning_rate"] = 1e-4 if method == "D3PO" else 1e-3
         run = tmp_path / str(len(seen.updates))
         assert train(flags(**{**options, **changes}, output_dir=run)) == 0
         return seen.updates[-1].gradient
@@ -286,6 +309,7 @@ NOISED = [
         "DPO": [*NOISED, {"beta_dpo": 10.0}, {"rounds": 2}],
         "BEST_OF_N": [*NOISED, BASE],
         "DDPO": [{"num_noisy_latents": 3}, {"trajectory_nums": 2}, {"infer_steps": 4}],
+        "D3PO": [{"num_noisy_latents": 3}, {"infer_steps": 4}, {"beta": 10.0}, {"guidance_scale": 1.0}],
     }
 )
 def test_flag_changes_the_gradient(changes, second_gradient):
@@ -303,7 +327,10 @@ def test_flag_changes_the_gradient(changes, second_gradient):
     ids=["checkpointing", "slices"],
 )
 def test_flag_changes_cost_and_not_the_gradient(changes, method, second_gradient):
+    if method == "D3PO" and "train_rows" in changes:
+        changes = {**changes, "train_rows": 5}  # a guided pair has 4
     plain, changed = second_gradient(), second_gradient(**changes)
+    assert plain.norm() > 0
     assert (plain - changed).norm() < ROUNDING[method] * plain.norm()
 
 
@@ -332,7 +359,7 @@ def test_every_promised_curve_and_the_best_and_worst_samples(method, train, flag
     assert len(lines) == 2
     for line in lines:
         validated = {"validation/reward", "validation/reward_standard_error"} if line["step"] == 2 else set()
-        assert CURVES | (PREFERENCE if method == "DPO" else set()) | validated <= line.keys()
+        assert CURVES | (PREFERENCE if method in PREFERRING else set()) | validated <= line.keys()
         assert all(math.isfinite(value) for value in line.values())
         assert line["reward/worst"] <= line["reward/mean"] <= line["reward/best"]
         total = line["reward/component/shapes"] + 0.1 * line["reward/component/jpeg_compressibility"]
@@ -353,7 +380,7 @@ def test_result_is_a_pipeline_that_stock_diffusers_loads_and_draws_with(method, 
     changed = [not torch.equal(*pair) for pair in zip(pipeline.unet.parameters(), base.parameters(), strict=True)]
     assert all(changed)
     card = (tmp_path / "run" / "README.md").read_text()
-    said = {"DPO": "Diffusion-DPO", "BEST_OF_N": "best-of-n fine-tuning", "DDPO": "DDPO"}[method]
+    said = {"DPO": "Diffusion-DPO", "BEST_OF_N": "best-of-n fine-tuning", "DDPO": "DDPO", "D3PO": "D3PO"}[method]
     assert f"with {said} ([arXiv" in card and "reward `shapes`" in card and "| `learning_rate` | `0.001` |" in card
 
 

@@ -55,6 +55,19 @@ CASES = {
         "noising": ({"snr_gamma": 5}, ["--snr_gamma", "--help"]),
         "kept samples": ({"sets": 1}, ["--sets", "--help"]),
     },
+    "D3PO": ANY
+    | {
+        "one path": ({"num_noisy_latents": 1}, ["--num_noisy_latents is 1", "a pair needs 2 paths", "raise it"]),
+        "no step to train on": ({"infer_steps": 1}, ["--infer_steps is 1", "not trained on", "raise it"]),
+        "half a guided pair": ({"train_rows": 3}, ["--train_rows is 3", "a pair has 4 rows", "raise it"]),
+        "half a pair": ({"train_rows": 1, "guidance_scale": 1}, ["--train_rows is 1", "2 rows", "raise it"]),
+        "beta of zero": ({"beta": 0}, ["--beta is 0", "above 0"]),
+        "ratios below zero": ({"ratio_clip": 1}, ["--ratio_clip is 1", "(0, 1)"]),
+        "dropped prompts": ({"proportion_empty_prompts": 0.1}, ["--proportion_empty_prompts", "leave it out"]),
+        "some steps": ({"trajectory_nums": 2}, ["--trajectory_nums", "--help"]),
+        "noising": ({"snr_gamma": 5}, ["--snr_gamma", "--help"]),
+        "kept samples": ({"sets": 1}, ["--sets", "--help"]),
+    },
 }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from study.cost import BEST_OF_N, DDPO, DPO, MODEL, RLHF, SFT, compute_before, compute_per_update
-from study.settings import DRAWN, PAIRS, PATHS, SAMPLES
+from study.cost import BEST_OF_N, D3PO, DDPO, DPO, MODEL, RLHF, SFT, compute_before, compute_per_update
+from study.settings import DRAWN, PAIRS, PAIRS_OF_PATHS, PATHS, SAMPLES
 from tiny_world.shapes import training_captions
 
 DECODE = 0.62
@@ -22,6 +22,7 @@ DECODE = 0.62
         (BEST_OF_N, DRAWN, 4 * (10 + DECODE) + 3),
         (DPO, {**PAIRS, "sets": 2}, 2 + 2 * 3),
         (DDPO, PATHS, 4 * (10 + DECODE) + 4 * 4 * 3),
+        (D3PO, PAIRS_OF_PATHS, 2 * (10 + DECODE) + 2 * 9 + 2 * 9 * 3),
     ],
     ids=[
         "branches",
@@ -32,6 +33,7 @@ DECODE = 0.62
         "best",
         "fixed pairs",
         "policy",
+        "pairs of stochastic paths",
     ],
 )
 def test_compute_is_what_the_method_needs(script, changes, per_prompt):

@@ -18,7 +18,7 @@ def test_table_1_spends_the_same_compute_on_every_method(plan, decode):
             before = compute_before(run.script, run.flags, decode)
             assert run.compute == pytest.approx(before + run.updates * each)
     assert {run.seed for runs in plan.table_1.values() for run in runs} == {0, 1, 2}
-    assert len(plan.table_1) == 9
+    assert len(plan.table_1) == 10
 
 
 def test_settling_compares_equal_updates_and_equal_compute(plan):

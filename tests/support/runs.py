@@ -12,6 +12,7 @@ SCRIPTS = {
     "DPO": "baselines/diffusion_dpo.py",
     "BEST_OF_N": "baselines/best_of_n.py",
     "DDPO": "baselines/ddpo.py",
+    "D3PO": "baselines/d3po.py",
 }
 
 SPEED = {"samples_per_second", "peak_memory_gib", "generation_time_share"}
