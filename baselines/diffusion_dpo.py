@@ -8,7 +8,8 @@ For every prompt:
     TRAIN     -log sigmoid(beta (r_best - r_worst)), r = -(|eps - eps_theta|^2 - |eps - eps_ref|^2).
 With --rounds=K the run consists of K equal parts. Each begins from the (averaged) result of the one before, which is
 then the reference and draws new pairs, with a fresh optimizer and learning rate: IterPO, as the paper's table has it.
-Left out of the published algorithm: real images with people's preferences; the pairs come from a reward.
+Left out of the published algorithm: images that people compared, which `baselines/diffusion_dpo_dataset.py` trains on;
+here the pairs come from a reward.
 
     accelerate launch baselines/diffusion_dpo.py --pretrained_model_name_or_path=MODEL --prompts_file=prompts.txt \
         --reward_model=clip --num_noisy_latents=4 --sets=10 --resolution=512 --mixed_precision=fp16

@@ -8,7 +8,7 @@ from sharpening.run_flags import RUN_FLAGS
 
 SCRIPTS = (
     "train_sft_diffusion_sharpening_sdxl", "train_rlhf_diffusion_sharpening_sdxl", "baselines.diffusion_dpo",
-    "baselines.best_of_n", "baselines.ddpo", "baselines.d3po",
+    "baselines.diffusion_dpo_dataset", "baselines.best_of_n", "baselines.ddpo", "baselines.d3po",
 )  # fmt: skip
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 INTRODUCTION = """# Flags
@@ -23,10 +23,11 @@ Flags marked * may be changed when a run is resumed: they change neither which d
 def page() -> str:
     """The whole page: the flags of every script first, then what each script has of its own."""
     scripts = {name: import_module(name).FLAGS for name in SCRIPTS}
-    shared = {title: flags for title, flags in scripts[SCRIPTS[0]].items() if title in RUN_FLAGS or title == "reward"}
+    general = (*RUN_FLAGS, "reward", "selection")
+    shared = {title: flags for title, flags in scripts[SCRIPTS[0]].items() if title in general}
     parts = [INTRODUCTION, "## Every script", as_markdown(shared)]
     for name, groups in scripts.items():
-        own: Groups = {title: flags for title, flags in groups.items() if title not in shared}
+        own: Groups = {title: flags for title, flags in groups.items() if flags is not shared.get(title)}
         parts += [f"## `{name.replace('.', '/')}.py`", as_markdown(own)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

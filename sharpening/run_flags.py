@@ -294,16 +294,17 @@ def check_schedule(flags: Mapping[str, Any], num_train_timesteps: int) -> None:
 
 def _check_sources(args: argparse.Namespace) -> None:
     named = [f"--{flag}" for flag in ("dataset_name", "train_data_dir", "prompts_file") if getattr(args, flag, None)]
-    prompts_file = " or --prompts_file (txt, csv, jsonl)" if hasattr(args, "prompts_file") else ""
+    others = {"train_data_dir": "image folder", "prompts_file": "txt, csv, jsonl"}
+    known = [f" or --{flag} ({kind})" for flag, kind in others.items() if hasattr(args, flag)]
     require(
         bool(named),
-        "no training data: give --dataset_name (hub id, folder, parquet, tars) or --train_data_dir (image folder)"
-        f"{prompts_file}",
+        f"no training data: give --dataset_name (hub id, folder, parquet, tars){''.join(known)}",
     )
     require(len(named) < 2, f"{' and '.join(named)} name two data sets; give one of them")
+    folder = getattr(args, "train_data_dir", None)
     require(
-        not args.train_data_dir or Path(args.train_data_dir).is_dir(),
-        f"--train_data_dir {args.train_data_dir} is not a folder; give an image folder with a metadata.jsonl",
+        not folder or Path(folder).is_dir(),
+        f"--train_data_dir {folder} is not a folder; give an image folder with a metadata.jsonl",
     )
     for flag, marker in (
         ("pretrained_model_name_or_path", "model_index.json"),

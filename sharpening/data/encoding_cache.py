@@ -278,11 +278,13 @@ class CachedData(torch.utils.data.Dataset):
             "caption": caption["caption"],
             "draw": number,
         }
-        if self.latents is not None:
-            stored = self.latents[row]
-            result["latents"] = self._tensor("latents", stored)
-            result["time_ids"] = torch.tensor(stored["time_ids"], dtype=torch.float32)
-        return result
+        return result if self.latents is None else {**result, **self.image(row)}
+
+    def image(self, row: int) -> dict[str, Tensor]:
+        """`latents` and `time_ids` of a row."""
+        stored = self.latents[row]
+        time_ids = torch.tensor(stored["time_ids"], dtype=torch.float32)
+        return {"latents": self._tensor("latents", stored), "time_ids": time_ids}
 
     def _tensor(self, name: str, stored: Mapping[str, Any]) -> Tensor:
         return torch.frombuffer(bytearray(stored[name]), dtype=self.dtype).reshape(self.shapes[name])

@@ -83,8 +83,9 @@ def add_rewards(
         means.add(f"reward/timesteps_q{index + 1}", branch, scored & (quarter == index)[:, None])
 
 
-def add_preference(means: Means, preference: Preference, rewards: Tensor, decided: Tensor) -> None:
-    """Add the curves of B preference pairs; rewards (B, 2), best first, and decided (B,) bool: they differ.
+def add_preference(means: Means, preference: Preference, rewards: Tensor | None, decided: Tensor) -> None:
+    """Add the curves of B preference pairs; rewards (B, 2), best first, if a reward chose them, and decided (B,) bool:
+    they differ.
 
     `preference/accuracy` is the share of pairs in which the model, measured against the reference, fits the better
     branch better (a half where both fit alike, up to rounding), `preference/logits` the mean argument of the
@@ -99,7 +100,8 @@ def add_preference(means: Means, preference: Preference, rewards: Tensor, decide
     means.add("preference/logits", preference.logits, decided)
     means.add("preference/log_ratio_best", best, decided)
     means.add("preference/log_ratio_worst", worst, decided)
-    means.add("reward/margin", rewards[:, 0] - rewards[:, 1], decided)
+    if rewards is not None:
+        means.add("reward/margin", rewards[:, 0] - rewards[:, 1], decided)
 
 
 def add_divergence(means: Means, output: Tensor, reference_output: Tensor, active: Tensor) -> None:

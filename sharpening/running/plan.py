@@ -78,9 +78,10 @@ class Plan:
         self.facts: dict[str, str] = {}
 
     def data_options(self) -> dict[str, Any]:
-        """The flags that say which data, as the loaders of `sharpening.data` take them."""
+        """The flags that say which data, those that the script has, as the loaders of `sharpening.data` take them."""
         names = "dataset_name dataset_config_name train_data_dir caption_column max_train_samples cache_dir"
-        return {"seed": self.args.seed or 0, **{name: getattr(self.args, name) for name in names.split()}}
+        given = {name: getattr(self.args, name) for name in names.split() if hasattr(self.args, name)}
+        return {"seed": self.args.seed or 0, **given}
 
     def settle(
         self,

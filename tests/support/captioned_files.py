@@ -117,6 +117,20 @@ def parquet(folder, **columns):
     return folder / "train.parquet"
 
 
+def write_pairs(folder, rows, as_images=False, **columns):
+    """A parquet folder in the columns of Pick-a-Pic, of rows (image, image, label, caption); returns the folder."""
+    first, second, labels, captions = zip(*rows, strict=True)
+    images = {name: [encoded(image) for image in of] for name, of in (("jpg_0", first), ("jpg_1", second))}
+    made = datasets.Dataset.from_dict({**images, "label_0": list(labels), "caption": list(captions)} | columns)
+    if as_images:
+        for name in images:
+            stored = [{"bytes": data, "path": None} for data in made[name]]
+            made = made.remove_columns(name).add_column(name, stored).cast_column(name, datasets.Image())
+    folder.mkdir(parents=True, exist_ok=True)
+    made.to_parquet(str(folder / "train.parquet"))
+    return folder
+
+
 def image_parquet(folder):
     folder.mkdir(parents=True)
     made = dataset_of([picture(n) for n in range(3)], ["c0", "c1", "c2"])

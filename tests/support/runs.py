@@ -10,6 +10,7 @@ SCRIPTS = {
     "SFT": "train_sft_diffusion_sharpening_sdxl.py",
     "RLHF": "train_rlhf_diffusion_sharpening_sdxl.py",
     "DPO": "baselines/diffusion_dpo.py",
+    "DPO_DATASET": "baselines/diffusion_dpo_dataset.py",
     "BEST_OF_N": "baselines/best_of_n.py",
     "DDPO": "baselines/ddpo.py",
     "D3PO": "baselines/d3po.py",
