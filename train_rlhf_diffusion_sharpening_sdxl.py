@@ -66,6 +66,7 @@ PREFERENCE = (
 FLAGS: flags.Groups = {
     **run_flags.RUN_FLAGS, "method": run_flags.TRAJECTORY, "noise and timesteps": run_flags.NOISING,
     "prompts and generation": GENERATION, "preference": PREFERENCE, "reward": REWARD_FLAGS,
+    "selection": run_flags.SELECTION,
 }  # fmt: skip
 MOVED = {
     "train_on": "best is baselines/best_of_n.py, policy is baselines/ddpo.py, pair is what this script does",
@@ -195,6 +196,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.regression import Regression
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_divergence, add_preference, add_rewards
+    from sharpening.running.reward_scaling import RewardScaling
     from sharpening.selection import begin_samples, score_branches, select
     from sharpening.trajectory import Branches, outputs_through_sampler, walk_path
     from sharpening.transfer import slices, upload
@@ -210,7 +212,8 @@ def main(args: argparse.Namespace) -> int:
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
     generation = Generation()
-    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, generation.made)
+    scaling = RewardScaling(args.reward_scaling, reward.components, plan.hosts)
+    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, generation.made, scaling.kept)
     regression = Regression(schedule, args.branch_target, args.snr_gamma)
 
     encoders, unconditional = run.models.text_encoders()
@@ -268,6 +271,7 @@ def main(args: argparse.Namespace) -> int:
                 scores = generation.scores
 
         # ---------------------------------------------------------------------------------------------- SELECT
+        scores = scaling.apply(scores, n, means)
         selection = select(scores.rewards, scores.active, n)
         decided = selection.decided  # (P,) the others carry no preference
         rows = torch.stack([selection.best_rows, selection.worst_rows], 1).flatten()  # (2 P,): best, worst, ...

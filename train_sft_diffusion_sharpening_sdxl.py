@@ -21,15 +21,17 @@ from typing import TYPE_CHECKING
 
 from reward import REWARD_FLAGS, check_reward_flags, load_reward, reward_options
 from sharpening import flags
-from sharpening.errors import exit_status
-from sharpening.run_flags import NOISING, RUN_FLAGS, TRAJECTORY, parse_run
+from sharpening.errors import exit_status, require
+from sharpening.run_flags import NOISING, RUN_FLAGS, SELECTION, TRAJECTORY, parse_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-FLAGS: flags.Groups = {**RUN_FLAGS, "method": TRAJECTORY, "noise and timesteps": NOISING, "reward": REWARD_FLAGS}
+FLAGS: flags.Groups = {
+    **RUN_FLAGS, "method": TRAJECTORY, "noise and timesteps": NOISING, "reward": REWARD_FLAGS, "selection": SELECTION,
+}  # fmt: skip
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -40,6 +42,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """
     args = parse_run(__doc__.splitlines()[0], FLAGS, argv)
     check_reward_flags(vars(args))
+    unheeded = "--reward_scaling has no effect with --num_noisy_latents=1, which selects nothing; leave it out"
+    require(args.num_noisy_latents > 1 or args.reward_scaling == "none", unheeded)
     return args
 
 
@@ -99,6 +103,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.regression import Regression
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_rewards
+    from sharpening.running.reward_scaling import RewardScaling
     from sharpening.selection import score_branches, select
     from sharpening.trajectory import Branches, outputs_through_sampler, walk_path
     from sharpening.transfer import slices, upload
@@ -114,7 +119,8 @@ def main(args: argparse.Namespace) -> int:
     unet = run.models.unet()
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
-    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
+    scaling = RewardScaling(args.reward_scaling, reward.components if reward else [], plan.hosts)
+    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, shared=scaling.kept)
     regression = Regression(schedule, args.branch_target, args.snr_gamma)
 
     encoders, unconditional = run.models.text_encoders()
@@ -164,6 +170,7 @@ def main(args: argparse.Namespace) -> int:
                 )
 
             # ------------------------------------------------------------------------------------------ SELECT
+            scores = scaling.apply(scores, n, means)
             selection = select(scores.rewards, scores.active, n)
             best, usable = selection.best_rows, selection.scored.any(1)
             add_rewards(means, scores, selection, noising.t, schedule.num_train_timesteps)

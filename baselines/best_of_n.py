@@ -39,6 +39,7 @@ SAMPLES = (
 )
 FLAGS: flags.Groups = {
     **run_flags.RUN_FLAGS, "noise and timesteps": run_flags.NOISING, "samples": SAMPLES, "reward": REWARD_FLAGS,
+    "selection": run_flags.SELECTION,
 }  # fmt: skip
 
 
@@ -109,6 +110,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.regression import Regression
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_rewards
+    from sharpening.running.reward_scaling import RewardScaling
     from sharpening.selection import begin_samples, select
     from sharpening.trajectory import Branches
     from sharpening.transfer import upload
@@ -123,7 +125,8 @@ def main(args: argparse.Namespace) -> int:
     base = run.models.reference(unet) if of_base else None
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
-    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
+    scaling = RewardScaling(args.reward_scaling, reward.components, plan.hosts)
+    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, shared=scaling.kept)
     regression = Regression(schedule, snr_gamma=args.snr_gamma)
 
     encoders, unconditional = run.models.text_encoders()
@@ -169,6 +172,7 @@ def main(args: argparse.Namespace) -> int:
                 scores = kept.scores(keys)
 
         # ---------------------------------------------------------------------------------------------- SELECT
+        scores = scaling.apply(scores, n, means)
         selection = select(scores.rewards, scores.active, n)
         decided = selection.decided  # (P,) of the others, none is the best
         add_rewards(means, scores, selection)

@@ -44,7 +44,9 @@ PATHS = (
     Flag("beta", "beta of the preference between two paths' steps", float, 0.1, "(0, inf)"),
     Flag("ratio_clip", "how far from 1 a ratio of densities may be before it has no gradient", float, 0.1, "(0, 1)"),
 )
-FLAGS: flags.Groups = {**run_flags.RUN_FLAGS, "paths": PATHS, "reward": REWARD_FLAGS}
+FLAGS: flags.Groups = {
+    **run_flags.RUN_FLAGS, "paths": PATHS, "reward": REWARD_FLAGS, "selection": run_flags.SELECTION,
+}  # fmt: skip
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -128,6 +130,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.regression import Rows, squared_error
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_divergence, add_preference, add_rewards
+    from sharpening.running.reward_scaling import RewardScaling
     from sharpening.selection import begin_samples, select
     from sharpening.stochastic import Transitions, sample_paths
     from sharpening.transfer import slices, upload
@@ -142,7 +145,8 @@ def main(args: argparse.Namespace) -> int:
     reference = run.load_reference(unet)
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
-    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
+    scaling = RewardScaling(args.reward_scaling, reward.components, plan.hosts)
+    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, shared=scaling.kept)
 
     encoders, unconditional = run.load_text_encoders()
     run.validate_with(encoders, unconditional, vae, reward)
@@ -180,6 +184,7 @@ def main(args: argparse.Namespace) -> int:
 
         with run.together(step, x_0):
             scores = begin_samples(judge, x_0, args.score_batch_size)()
+        scores = scaling.apply(scores, n, means)
         selection = select(scores.rewards, scores.active, n)
         rows = torch.stack([selection.best_rows, selection.worst_rows], 1).flatten()  # (2 P,): best, worst, ...
         add_rewards(means, scores, selection)

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from sharpening.selection import Selection
 
 PATHS = (*run_flags.PROMPTS, run_flags.NUM_NOISY_LATENTS, run_flags.TRAJECTORY_NUMS, run_flags.INFER_STEPS)
-FLAGS: flags.Groups = {**run_flags.RUN_FLAGS, "paths": PATHS, "reward": REWARD_FLAGS}
+FLAGS: flags.Groups = {
+    **run_flags.RUN_FLAGS, "paths": PATHS, "reward": REWARD_FLAGS, "selection": run_flags.SELECTION,
+}  # fmt: skip
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -103,6 +105,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.regression import Rows
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_rewards
+    from sharpening.running.reward_scaling import RewardScaling
     from sharpening.selection import begin_samples, select
     from sharpening.stochastic import Transitions, sample_paths
     from sharpening.transfer import slices, upload
@@ -116,7 +119,8 @@ def main(args: argparse.Namespace) -> int:
     unet = run.models.unet()
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
-    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
+    scaling = RewardScaling(args.reward_scaling, reward.components, plan.hosts)
+    model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, shared=scaling.kept)
 
     encoders, unconditional = run.models.text_encoders()
     run.validate_with(encoders, unconditional, vae, reward)
@@ -154,6 +158,7 @@ def main(args: argparse.Namespace) -> int:
 
         with run.together(step, x_0):
             scores = begin_samples(judge, x_0, args.score_batch_size)()
+        scores = scaling.apply(scores, n, means)
         selection = select(scores.rewards, scores.active, n)
         advantage = upload(advantages(selection).flatten(), device)  # (P * n,)
         add_rewards(means, scores, selection)

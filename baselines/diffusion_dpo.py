@@ -44,6 +44,7 @@ PAIRS = (
 )
 FLAGS: flags.Groups = {
     **run_flags.RUN_FLAGS, "noise and timesteps": run_flags.NOISING, "pairs": PAIRS, "reward": REWARD_FLAGS,
+    "selection": run_flags.SELECTION,
 }  # fmt: skip
 
 
@@ -124,6 +125,7 @@ def main(args: argparse.Namespace) -> int:
     from sharpening.regression import Regression
     from sharpening.run import Run
     from sharpening.running.curves import Means, add_divergence, add_preference, add_rewards
+    from sharpening.running.reward_scaling import RewardScaling
     from sharpening.selection import select
     from sharpening.trajectory import Branches
     from sharpening.transfer import slices, upload
@@ -139,6 +141,7 @@ def main(args: argparse.Namespace) -> int:
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet, args.rounds)
     of_round = {"steps": steps}  # of the whole run; and the reference of this round, once it is not the base
+    scaling = RewardScaling(args.reward_scaling, reward.components, plan.hosts, of_round)
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, shared=of_round)
     require(
         rounds == 1 or of_round["steps"] == steps,
@@ -188,6 +191,7 @@ def main(args: argparse.Namespace) -> int:
         scores = samples.scores(keys)
 
         # ---------------------------------------------------------------------------------------------- SELECT
+        scores = scaling.apply(scores, n, means)
         selection = select(scores.rewards, scores.active, n)
         decided = selection.decided  # (P,) the others carry no preference
         rows = torch.stack([selection.best_rows, selection.worst_rows], 1).flatten()  # (2 P,): best, worst, ...

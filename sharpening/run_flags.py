@@ -96,6 +96,15 @@ PROMPTS = (
 GUIDANCE_SCALE = Flag("guidance_scale", "when generating; 1: without", float, 5.0, "[0, inf)")
 BETA_DPO = Flag("beta_dpo", "beta of the preference loss, without DPO's factor 1/2", float, 2500.0, "(0, inf)")
 SETS = Flag("sets", "sets of samples of the base per prompt, each drawn once and kept in memory", int, 1, "[1, inf)")
+SELECTION = (
+    Flag(
+        "reward_scaling",
+        "what the components of a weighted sum are divided by before selecting: nothing, or each by its running "
+        "standard deviation within prompts, so that weights mean importance",
+        default="none",
+        choices=("none", "spread"),
+    ),
+)
 BATCHES = (
     Flag("reward_vae", "cheaper decoder for scoring, e.g. madebyollin/taesdxl; unset: the VAE"),
     Flag("score_batch_size", "branches per forward when scoring", int, 16, "[1, inf)", free=True),

@@ -54,6 +54,13 @@ def any_rank(value: int, hosts: torch.distributed.ProcessGroup | None) -> int:
     return int(largest)
 
 
+def sum_over_ranks(values: torch.Tensor, hosts: torch.distributed.ProcessGroup | None) -> torch.Tensor:
+    """The sum over all ranks of values on the host, the same on every rank, asked as `any_rank` asks."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(values, group=hosts)
+    return values
+
+
 def warn_of_accumulation(steps: int) -> None:
     """Say so if accelerate was told another number than `--gradient_accumulation_steps`."""
     told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(steps))
