@@ -5,12 +5,11 @@ For every prompt:
     SCORE    reward both; the better image's path is preferred at every step. A tie says nothing.
     TRAIN    -log sigmoid(beta (log rho_best - log rho_worst)) at each step of the two paths,
              rho = p_theta(x_(t-1) | x_t, c) / p_ref(x_(t-1) | x_t, c), clamped to [1 - clip, 1 + clip].
-A step of a path is Gaussian with a mean that is linear in the model's output, so its log-density, a mean over elements
-as in the published code, is a squared error with a known weight. With guidance it is the density of the guided step.
-beta and clip are 0.1, so the loss stays between 0.683 and 0.704, near log 2: what tells of progress is
-`preference/accuracy`, the share of steps at which the better path has gained, and the ratios themselves.
-Left out of the published algorithm: several passes over the same samples, and people who compare them. The last step
-of a path is deterministic and not trained on. With more than two paths the best and the worst make the pair.
+A step is Gaussian with a mean that is linear in the model's output, guided or not, so its log-density, a mean over
+elements as in the published code, is a squared error with a known weight. beta and clip are 0.1, so the loss stays
+near log 2: progress shows in `preference/accuracy`, the share of steps at which the better path gained more, and in
+the ratios. Left out of the published algorithm: several passes over the same samples, and people who compare them.
+The last step of a path is deterministic and not trained on. Of more than two paths the best and the worst are a pair.
 
     accelerate launch baselines/d3po.py --pretrained_model_name_or_path=MODEL --prompts_file=prompts.txt \
         --reward_model=clip --infer_steps=20 --use_lora --learning_rate=3e-5 --adam_weight_decay=1e-4 --resolution=512

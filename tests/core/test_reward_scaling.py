@@ -46,7 +46,7 @@ def how_good(chosen, values, n=4):
 
 
 def test_selection_follows_both_of_two_rewards_of_scale_1_and_1000():
-    """The best of 4 is 1.2 deviations above the mean in what decides alone, 0.8 in each of two that decide alike."""
+    """The best of 4 is 1.3 deviations above the mean in what decides alone, 0.8 in each of two that decide alike."""
     small, large = drawn()
     scores = scores_of(small, large)
     as_it_is = select(scores.rewards, scores.active, 4)
