@@ -22,8 +22,9 @@ PATHS = {
     "num_noisy_latents": 4, "trajectory_nums": 4, "infer_steps": 10, "generation_batch_size": 96,
     "learning_rate": 1e-4,
 }  # fmt: skip
+# Few steps, so that each carries more of the preference; by those of the others nothing moves in as many updates.
 PAIRS_OF_PATHS = {
-    "num_noisy_latents": 2, "infer_steps": 10, "guidance_scale": 1, "generation_batch_size": 96, "learning_rate": 1e-4,
+    "num_noisy_latents": 4, "infer_steps": 5, "guidance_scale": 1, "generation_batch_size": 96, "learning_rate": 3e-4,
 }  # fmt: skip
 # As the paper has it, but without guidance, which all models here are judged without.
 LETTER = {

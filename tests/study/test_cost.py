@@ -22,7 +22,7 @@ DECODE = 0.62
         (BEST_OF_N, DRAWN, 4 * (10 + DECODE) + 3),
         (DPO, {**PAIRS, "sets": 2}, 2 + 2 * 3),
         (DDPO, PATHS, 4 * (10 + DECODE) + 4 * 4 * 3),
-        (D3PO, PAIRS_OF_PATHS, 2 * (10 + DECODE) + 2 * 9 + 2 * 9 * 3),
+        (D3PO, PAIRS_OF_PATHS, 4 * (5 + DECODE) + 2 * 4 + 2 * 4 * 3),
     ],
     ids=[
         "branches",
