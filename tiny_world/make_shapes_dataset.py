@@ -1,18 +1,24 @@
 """Write the captioned-shapes data set as an ordinary image folder: PNG files and a metadata.jsonl.
 
     python tiny_world/make_shapes_dataset.py --output_dir outputs/shapes --num_images 2000
+    python tiny_world/make_shapes_dataset.py --pairs outputs/pairs --num_images 1000
     python tiny_world/make_shapes_dataset.py --held_out_prompts held_out.txt --training_prompts prompts.txt
 
 The first loads with `datasets.load_dataset("imagefolder", data_dir=...)` and with `--train_data_dir` of the training
-scripts; the second writes the prompts that no fine-tuning set contains, and those that one may, one per line.
+scripts; the second holds compared pairs in the columns of Pick-a-Pic, for `baselines/diffusion_dpo_dataset.py`; the
+third writes the prompts that no fine-tuning set contains, and those that one may, one per line.
 """
 
+import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
 from sharpening.errors import UserError, exit_status, require
 from sharpening.files import write_aside
@@ -22,7 +28,8 @@ from tiny_world.shapes import all_captions, draw, held_out_captions, training_ca
 CAPTION_SETS = {"training": training_captions, "all": all_captions, "held_out": held_out_captions}
 FLAGS = (
     Flag("output_dir", "new or empty folder for the images and metadata.jsonl", Path),
-    Flag("num_images", "how many", int, 2000, "[1, inf)"),
+    Flag("pairs", "new or empty folder for compared pairs, in the columns of Pick-a-Pic", Path, metavar="FOLDER"),
+    Flag("num_images", "how many images, or pairs", int, 2000, "[1, inf)"),
     Flag("seed", "of places, sizes and wrong captions", int, 0, "[0, inf)"),
     Flag("size", "width and height in pixels; below 16 no shape can be recognised", int, 32, "[16, inf)"),
     Flag("wrong_fraction", "share of images with a wrong caption", float, 0.0, "[0, 1]"),
@@ -49,14 +56,9 @@ def write_dataset(
         UserError: the folder holds something, or cannot be written.
     """
     output_dir = Path(output_dir)
-    require(
-        not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())),
-        f"--output_dir {output_dir} already holds something; name a new or an empty folder.",
-    )
+    _require_empty("output_dir", output_dir)
     rng = np.random.default_rng(seed)
-    choices = CAPTION_SETS[captions]()
-    texts = [choices[i % len(choices)] for i in range(num_images)]
-    rng.shuffle(texts)
+    texts = _shuffled(captions, num_images, rng)
     wrong = np.zeros(num_images, dtype=bool)
     wrong[: round(num_images * wrong_fraction)] = True
     rng.shuffle(wrong)
@@ -71,6 +73,51 @@ def write_dataset(
                     metadata.write(json.dumps({"file_name": name, "text": text}) + "\n")
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be written ({error}); name another folder.") from error
+
+
+def write_pairs(folder: str | Path, count: int, seed: int = 0, size: int = 32, captions: str = "training") -> None:
+    """Write `count` pairs of drawings as a parquet file with the columns of Pick-a-Pic, in a folder that is whole or
+    absent: one shows its caption, the other another colour, another shape, or both. Every tenth pair is a tie of two
+    right drawings.
+
+    Raises:
+        UserError: the folder holds something, or cannot be written.
+    """
+    folder = Path(folder)
+    _require_empty("pairs", folder)
+    rng = np.random.default_rng(seed)
+    columns: dict[str, list] = {"jpg_0": [], "jpg_1": [], "label_0": [], "caption": _shuffled(captions, count, rng)}
+    for index, text in enumerate(columns["caption"]):
+        tie, first_is_best = index % 10 == 9, bool(rng.integers(2))
+        right, other = draw(text, rng, size), draw(text if tie else wrong_caption(text, rng), rng, size)
+        columns["jpg_0"].append(_encoded(right if first_is_best else other))
+        columns["jpg_1"].append(_encoded(other if first_is_best else right))
+        columns["label_0"].append(0.5 if tie else float(first_is_best))
+    try:
+        with write_aside(folder) as aside:
+            aside.mkdir()
+            pq.write_table(pa.table(columns), aside / "train.parquet")
+    except OSError as error:
+        raise UserError(f"--pairs {folder} cannot be written ({error}); name another folder.") from error
+
+
+def _require_empty(flag: str, folder: Path) -> None:
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    require(empty, f"--{flag} {folder} already holds something; name a new or an empty folder.")
+
+
+def _shuffled(captions: str, count: int, rng: np.random.Generator) -> list[str]:
+    """Captions of a set, each as often as the others or once more, in random order."""
+    choices = CAPTION_SETS[captions]()
+    texts = [choices[index % len(choices)] for index in range(count)]
+    rng.shuffle(texts)
+    return texts
+
+
+def _encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def write_prompts(path: str | Path, captions: str) -> None:
@@ -95,12 +142,15 @@ def main(argv: Sequence[str]) -> int:
     """
     args = parse("Write the captioned-shapes data set as an image folder.", {"shapes": FLAGS}, argv)
     require(
-        bool(args.output_dir or args.held_out_prompts or args.training_prompts),
-        "name something to write: --output_dir for images, --held_out_prompts or --training_prompts.",
+        bool(args.output_dir or args.pairs or args.held_out_prompts or args.training_prompts),
+        "name something to write: --output_dir for images, --pairs, --held_out_prompts or --training_prompts.",
     )
     if args.output_dir is not None:
         write_dataset(args.output_dir, args.num_images, args.seed, args.size, args.wrong_fraction, args.captions)
         print(f"{args.num_images} images of {args.size} px ({args.captions} captions) in {args.output_dir}")
+    if args.pairs is not None:
+        write_pairs(args.pairs, args.num_images, args.seed, args.size, args.captions)
+        print(f"{args.num_images} pairs of images of {args.size} px ({args.captions} captions) in {args.pairs}")
     for captions, path in (("held_out", args.held_out_prompts), ("training", args.training_prompts)):
         if path is not None:
             write_prompts(path, captions)

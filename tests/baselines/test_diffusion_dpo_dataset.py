@@ -14,6 +14,7 @@ from tests.baselines import literal
 from tests.baselines.test_diffusion_dpo import errors_of_pairs, whole_loss
 from tests.support.captioned_files import write_pairs
 from tests.support.runs import ROOT, SPEED, metrics, same_files, without_speed
+from tiny_world import make_shapes_dataset
 from tiny_world.shapes import draw, training_captions, wrong_caption
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -176,19 +177,20 @@ def test_refused_in_one_sentence(case, train, flags, world, pairs, tmp_path, cap
 
 @pytest.mark.slow
 def test_tiny_world_follows_its_prompts_better_after_training_on_compared_drawings(train, flags, tmp_path):
-    """In 25 steps of 16 pairs; the reward, which says how well an image shows its caption, is not trained on."""
+    """In 50 steps of 16 pairs; the reward, which says how well an image shows its caption, is not trained on."""
     prompts = tmp_path / "validation.txt"
     prompts.write_text("\n".join(training_captions()))
-    options = {"train_data_dir": None, "dataset_name": write_pairs(tmp_path / "pairs", compared(400))}
+    make_shapes_dataset.write_pairs(tmp_path / "pairs", 400)
+    options = {"train_data_dir": None, "dataset_name": tmp_path / "pairs"}
     options |= {"pretrained_model_name_or_path": ROOT / "tiny_world" / "sdxl", "train_batch_size": 16, "beta_dpo": 200}
     options |= {"center_crop": True, "use_ema": True, "ema_decay": 0.9, "infer_steps": 10, "train_rows": 32}
     options |= {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 1000, "timestep_bias_begin": 400}
     options |= {"validation_prompts_file": prompts, "num_validation_images": 2, "validation_guidance_scale": 1}
     options |= {"validation_epochs": 0, "score_batch_size": 45, "decode_batch_size": 45}
     reached = {}
-    for steps, rate in ((1, 1e-30), (25, 1e-4)):
+    for steps, rate in ((1, 1e-30), (50, 1e-4)):
         run = tmp_path / str(steps)
         length = {"max_train_steps": steps, "validation_steps": steps, "learning_rate": rate}
         assert train(flags(**options, **length, output_dir=run)) == 0
         reached[steps] = metrics(run)[-1]["validation/reward"]
-    assert reached[25] > reached[1] + 0.1
+    assert reached[50] > reached[1] + 0.1

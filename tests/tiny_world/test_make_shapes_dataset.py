@@ -40,6 +40,30 @@ def test_the_wrong_fraction_and_the_seed_are_kept(tmp_path):
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
 
 
+def test_pairs_have_the_columns_of_pick_a_pic_and_labels_that_are_true(tmp_path):
+    from sharpening.data.captioned_images import read_image
+    from sharpening.data.preference_pairs import load_preference_pairs
+
+    folder = tmp_path / "pairs"
+    assert main(["--pairs", str(folder), "--num_images", "60", "--seed", "5"]) == 0
+    assert main(["--pairs", str(tmp_path / "again"), "--num_images", "60", "--seed", "5"]) == 0
+    file = "train.parquet"
+    assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    options = {"dataset_config_name": None, "caption_column": "caption", "max_train_samples": None, "seed": 0}
+    pairs = load_preference_pairs(dataset_name=str(folder), cache_dir=str(tmp_path / "cache"), **options)
+    assert "54 pairs" in pairs.description and "6 ties left out" in pairs.description
+    assert 10 < sum(pairs.first_is_best) < 44
+    captions = list(pairs.dataset["caption"])
+    assert set(captions) <= set(training_captions())
+    earned = []
+    for name in ("jpg_0", "jpg_1"):
+        images = np.stack([np.asarray(read_image(stored)) for stored in pairs.dataset[name]]) / 255.0
+        earned.append(score(images, captions))
+    best = np.where(pairs.first_is_best, *earned)
+    worst = np.where(pairs.first_is_best, *earned[::-1])
+    assert best.min() > 0.95 and worst.max() < 0.8
+
+
 def test_held_out_prompts_are_one_per_line(tmp_path):
     target = tmp_path / "held_out.txt"
     assert main(["--held_out_prompts", str(target)]) == 0
@@ -50,6 +74,8 @@ def test_a_filled_folder_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "precious.txt").write_text("keep me")
     with pytest.raises(UserError, match=r"--output_dir .* already holds something; name .* an empty folder"):
         main(["--output_dir", str(tmp_path)])
+    with pytest.raises(UserError, match=r"--pairs .* already holds something; name .* an empty folder"):
+        main(["--pairs", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
