@@ -10,6 +10,8 @@ from diffusers import DDIMScheduler
 
 from baselines.d3po import d3po_loss
 from sharpening import sdxl
+from sharpening.stochastic import sample_paths
+from sharpening.trajectory import Model, Schedule
 from tests.baselines import literal
 from tests.support.runs import ROOT, metrics
 from tiny_world.make_tiny_sdxl import make_pipeline
@@ -59,6 +61,30 @@ def test_loss_stays_near_log_2_and_is_log_2_at_the_reference():
     assert loss.min() == pytest.approx(low) and loss.max() == pytest.approx(high)
     alike = d3po_loss(BETA, CLIP, reference, reference).loss
     torch.testing.assert_close(alike, torch.full_like(alike, 2.0).log())
+
+
+def test_descent_makes_what_is_preferred_more_likely():
+    """On a Gaussian toy whose reward is known: the model outputs a constant theta as its clean estimate; samples are
+    the more to its side the larger theta is. Preferring the larger of two raises theta, the smaller lowers it."""
+    config = make_pipeline(seed=0).scheduler.config
+    schedule = Schedule.from_config(config, 5, "sample")
+    pairs, generator = 2000, torch.Generator().manual_seed(0)
+    x = torch.randn(pairs, 1, 1, 1, generator=generator).repeat_interleave(2, 0)
+    noises = torch.randn(2 * pairs, 4, 1, 1, 1, generator=generator)
+    with torch.no_grad():
+        _, path = sample_paths(Model(lambda x, t: torch.zeros_like(x)), schedule, x, noises)
+    # Not the clean latent: it is the model's constant but for little noise.
+    best = path.x[:, -1].view(-1, 2).argmax(1)
+    for order, sign in ((torch.stack([best, 1 - best], 1), -1), (torch.stack([1 - best, best], 1), 1)):
+        theta = torch.zeros((), requires_grad=True)
+        rows = (order + 2 * torch.arange(pairs)[:, None]).flatten()  # the preferred one first
+        density, reference = (
+            -(path.precision * (value - path.target).square().flatten(2).mean(2))[rows].view(pairs, 2, 4)
+            for value in (theta, torch.zeros(()))
+        )
+        parts = (of.transpose(1, 2).flatten(0, 1) for of in (density, reference))
+        d3po_loss(BETA, CLIP, *parts).loss.mean().backward()
+        assert sign * theta.grad > 0.001
 
 
 # ---------------------------------------------------------------------------------------------------------- the runs
