@@ -7,9 +7,10 @@ For every prompt:
              rho = p_theta(x_(t-1) | x_t, c) / p_ref(x_(t-1) | x_t, c), clamped to [1 - clip, 1 + clip].
 A step is Gaussian with a mean that is linear in the model's output, guided or not, so its log-density, a mean over
 elements as in the published code, is a squared error with a known weight. beta and clip are 0.1, so the loss stays
-near log 2: progress shows in `preference/accuracy`, the share of steps at which the better path gained more, and in
-the ratios. Left out of the published algorithm: several passes over the same samples, and people who compare them.
-The last step of a path is deterministic and not trained on. Of more than two paths the best and the worst are a pair.
+near log 2, and pairs are new in every step: progress shows in the reward. `preference/clamped` says how many ratios
+are beyond their bounds and learn no more, `preference/steps_won` at how many steps the better path has gained more.
+Left out of the published algorithm: several passes over the same samples, and people who compare them. The last step
+of a path is deterministic and not trained on. Of more than two paths the best and the worst are a pair.
 
     accelerate launch baselines/d3po.py --pretrained_model_name_or_path=MODEL --prompts_file=prompts.txt \
         --reward_model=clip --infer_steps=20 --use_lora --learning_rate=3e-5 --adam_weight_decay=1e-4 --resolution=512
@@ -210,7 +211,7 @@ def main(args: argparse.Namespace) -> int:
                 )
                 preference = d3po_loss(args.beta, args.ratio_clip, *densities)
                 accelerator.backward((preference.loss * counts[which]).sum() / len(decided))
-            add_preference(means, preference, rewards[which], decided[which])
+            add_preference(means, preference, rewards[which], decided[which], won="preference/steps_won")
             beyond = (preference.log_ratios.exp() - 1).abs() > args.ratio_clip
             means.add("preference/clamped", beyond, decided[which, None].expand(-1, 2))
             add_divergence(means, output.detach()[:, None], reference_output[:, None], torch.ones(len(part.x), 1) > 0)

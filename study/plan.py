@@ -162,7 +162,7 @@ class Planner:
             "Diffusion-DPO, fixed pairs": self.per_seed("table1_dpo", DPO, **dpo),
             "Diffusion-DPO in 3 rounds (as IterPO)": self.per_seed("table1_dpo_rounds", DPO, **in_rounds),
             "policy gradient (DDPO)": self.per_seed("table1_ddpo", DDPO, **PATHS),
-            "D3PO": self.per_seed("table1_d3po", D3PO, **PAIRS_OF_PATHS),
+            "D3PO, best and worst of 4 paths": self.per_seed("table1_d3po", D3PO, **PAIRS_OF_PATHS),
             ON_IMAGES: self.per_seed("table1_sft", SFT, **SHARPENED),
             THE_LETTER: self.per_seed("table1_rlhf_letter", RLHF, **LETTER),
             ON_SAMPLES: self.per_seed("table1_rlhf", RLHF, **SAMPLES),

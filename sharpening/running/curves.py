@@ -83,20 +83,22 @@ def add_rewards(
         means.add(f"reward/timesteps_q{index + 1}", branch, scored & (quarter == index)[:, None])
 
 
-def add_preference(means: Means, preference: Preference, rewards: Tensor | None, decided: Tensor) -> None:
+def add_preference(
+    means: Means, preference: Preference, rewards: Tensor | None, decided: Tensor, won: str = "preference/accuracy"
+) -> None:
     """Add the curves of B preference pairs; rewards (B, 2), best first, if a reward chose them, and decided (B,) bool:
     they differ.
 
     `preference/accuracy` is the share of pairs in which the model, measured against the reference, fits the better
     branch better (a half where both fit alike, up to rounding), `preference/logits` the mean argument of the
     log-sigmoid, `preference/log_ratio_best` and `_worst` the two surrogates of `log p_theta / p_ref` whose difference
-    it scales.
+    it scales. `won` names the first of them otherwise, where a coin's share is no sign that nothing is learned.
     """
     best, worst = preference.log_ratios.T
     means.add("loss", preference.loss, decided)
     difference = best - worst
     alike = difference.abs() < ROUNDING
-    means.add("preference/accuracy", torch.where(alike, 0.5, (difference > 0).float()), decided)
+    means.add(won, torch.where(alike, 0.5, (difference > 0).float()), decided)
     means.add("preference/logits", preference.logits, decided)
     means.add("preference/log_ratio_best", best, decided)
     means.add("preference/log_ratio_worst", worst, decided)

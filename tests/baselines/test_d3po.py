@@ -173,7 +173,7 @@ def test_gradient_is_that_of_the_literal_loss_on_the_sampled_paths(
     assert 0 < beyond < 1 and line["preference/clamped"] == pytest.approx(float(beyond))
     assert 2 * float(loss.detach()) - math.log(2) == pytest.approx(line["loss"], rel=1e-6)
     best, worst = ratios.view(-1, 2).log().T
-    assert line["preference/accuracy"] == pytest.approx(float((best > worst).double().mean()))
+    assert line["preference/steps_won"] == pytest.approx(float((best > worst).double().mean()))
     assert line["preference/log_ratio_best"] == pytest.approx(float(best.mean()), rel=1e-5)
     assert line["preference/log_ratio_worst"] == pytest.approx(float(worst.mean()), rel=1e-5)
     assert line["reward/margin"] == pytest.approx(float(rewards[1].max() - rewards[1].min()), rel=1e-3)
@@ -195,8 +195,9 @@ def test_at_the_reference_no_path_is_more_likely(lora, train, flags, quick, tmp_
     assert train(flags(**options, train_batch_size=4, max_train_steps=1)) == 0
     (line,) = metrics(tmp_path / "run")
     assert line["loss"] == pytest.approx(math.log(2), rel=1e-6)
-    assert line["preference/accuracy"] == 0.5 and line["preference/logits"] == pytest.approx(0, abs=1e-6)
+    assert line["preference/steps_won"] == 0.5 and line["preference/logits"] == pytest.approx(0, abs=1e-6)
     assert line["preference/clamped"] == 0 and line["preference/kl"] < 1e-9
+    assert "preference/accuracy" not in line  # of which a coin's share would be warned of after some hundred steps
 
 
 def test_scheduler_that_starts_from_pure_noise_is_refused(train, flags, world, tmp_path, capsys):

@@ -23,13 +23,19 @@ CURVES = SPEED | {
     "loss", "lr", "grad_norm", "reward/mean", "reward/best", "reward/worst", "reward/spread", "reward/tie_rate",
     "reward/failure_rate", "reward/component/shapes", "reward/component/jpeg_compressibility",
 }  # fmt: skip
+PREFERRED = {
+    "preference/logits",
+    "preference/kl",
+    "preference/log_ratio_best",
+    "preference/log_ratio_worst",
+    "reward/margin",
+}
 PREFERENCE = {
-    "preference/accuracy", "preference/logits", "preference/kl", "preference/log_ratio_best",
-    "preference/log_ratio_worst", "reward/margin",
-}  # fmt: skip
+    "DPO": PREFERRED | {"preference/accuracy"},
+    "D3PO": PREFERRED | {"preference/steps_won", "preference/clamped"},
+}
 BASE = {"samples_of": "base"}
 ONLINE = ("DDPO", "D3PO")  # nothing is drawn once for the whole run
-PREFERRING = ("DPO", "D3PO")  # with a reference and preference curves
 
 
 @pytest.fixture(params=["DPO", "BEST_OF_N", "DDPO", "D3PO"])
@@ -359,7 +365,7 @@ def test_every_promised_curve_and_the_best_and_worst_samples(method, train, flag
     assert len(lines) == 2
     for line in lines:
         validated = {"validation/reward", "validation/reward_standard_error"} if line["step"] == 2 else set()
-        assert CURVES | (PREFERENCE if method in PREFERRING else set()) | validated <= line.keys()
+        assert CURVES | PREFERENCE.get(method, set()) | validated <= line.keys()
         assert all(math.isfinite(value) for value in line.values())
         assert line["reward/worst"] <= line["reward/mean"] <= line["reward/best"]
         total = line["reward/component/shapes"] + 0.1 * line["reward/component/jpeg_compressibility"]
