@@ -140,15 +140,15 @@ def main(args: argparse.Namespace) -> int:
     run.start_trackers()
 
     # ----------------------------------------------------------------------------------------- MODELS AND DATA
-    vae, reward_decoder = run.load_decoders()
-    unet = run.load_unet()
-    reference = run.load_reference(unet)
+    vae, reward_decoder = run.models.decoders()
+    unet = run.models.unet()
+    reference = run.models.reference(unet)
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
     scaling = RewardScaling(args.reward_scaling, reward.components, plan.hosts)
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema, shared=scaling.kept)
 
-    encoders, unconditional = run.load_text_encoders()
+    encoders, unconditional = run.models.text_encoders()
     run.validate_with(encoders, unconditional, vae, reward)
     data = cache_embeddings(prompt_data.dataset, encode_prompts=encoders.encode, **run.cache_options())
     del encoders
@@ -226,7 +226,7 @@ def main(args: argparse.Namespace) -> int:
             lr_scheduler.step()
             if ema is not None:
                 ema.step(parameters)
-        optimizer.zero_grad(set_to_none=plan.world_size == 1)  # else they stay views of DDP's buckets
+        optimizer.zero_grad(set_to_none=run.forgets_gradients)
         metrics |= run.speed("generation")
         run.log_branches(step, x_0, best=selection.best_rows, worst=selection.worst_rows)
         run.end_step(step, metrics, unet, ema)

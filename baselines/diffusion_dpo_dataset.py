@@ -115,15 +115,15 @@ def main(args: argparse.Namespace) -> int:
     run.start_trackers()
 
     # ----------------------------------------------------------------------------------------- MODELS AND DATA
-    vae, _ = run.load_decoders()
-    unet = run.load_unet()
-    reference = run.load_reference(unet)
+    vae, _ = run.models.decoders()
+    unet = run.models.unet()
+    reference = run.models.reference(unet)
     parameters = sdxl.trainable_parameters(unet)
     optimizer, lr_scheduler, ema = run.make_optimizer(unet)
     model, optimizer = run.prepare(unet, optimizer, lr_scheduler, ema)
     regression = Regression(schedule, snr_gamma=args.snr_gamma)
 
-    encoders, unconditional = run.load_text_encoders()
+    encoders, unconditional = run.models.text_encoders()
     run.validate_with(encoders, unconditional, vae, reward)
     images = [
         cache_latents_and_embeddings(
@@ -182,7 +182,7 @@ def main(args: argparse.Namespace) -> int:
             lr_scheduler.step()
             if ema is not None:
                 ema.step(parameters)
-        optimizer.zero_grad(set_to_none=plan.world_size == 1)  # else they stay views of DDP's buckets
+        optimizer.zero_grad(set_to_none=run.forgets_gradients)
         metrics |= run.speed()
         run.log_branches(step, x_0, best=torch.arange(0, len(x_0), 2), worst=torch.arange(1, len(x_0), 2))
         run.end_step(step, metrics, unet, ema)

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from tests.support.runs import ROOT, SCRIPTS, metrics, same_tensors, without_speed
+from tiny_world.make_shapes_dataset import write_pairs
 
 RANK = ROOT / "tests" / "support" / "rank.py"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -47,6 +48,8 @@ OPTIONS = {
         "max_train_samples": 5,
     },
     "DDPO": {"infer_steps": 3, "trajectory_nums": 2, "num_noisy_latents": 2},
+    "D3PO": {"infer_steps": 3, "guidance_scale": 1},
+    "DPO_DATASET": {"beta_dpo": 100},
 }  # fmt: skip
 
 
@@ -103,9 +106,13 @@ def runs(world, made_once):
                 "report_to": "none", "seed": 0, "learning_rate": 1e-3, "max_train_steps": SHORT,
                 **OPTIONS[script], **changes,
             }  # fmt: skip
+            if script == "DPO_DATASET":
+                del values["train_data_dir"]
+                values["dataset_name"] = folder / "pairs"
             words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in values.items()]
             return name, (script, words, limit)
 
+        write_pairs(folder / "pairs", 12)
         (folder / "mine.py").write_text(FAILING_REWARD)
         fails = {"reward_model": f"{folder}/mine.py:failing", "fsdp": True, "validation_steps": 0}
         lines = dict(
@@ -163,7 +170,7 @@ def test_nothing_whole_lies_on_a_rank(notes):
         for rank, of_whole in zip(parts, whole, strict=True):
             assert rank["elements"] == of_whole["elements"]
             held, averaged = of_whole["unets"] / rank["elements"], of_whole["averages"] / rank["elements"]
-            assert held == pytest.approx(1 + (name in ("RLHF", "DPO", "BEST_OF_N")))  # with a reference
+            assert held == pytest.approx(1 if name in ("SFT", "DDPO") else 2)  # with a reference
             assert averaged == pytest.approx(float(OPTIONS[name].get("use_ema", 0)))
             assert rank["unets"] < 0.6 * of_whole["unets"] and rank["averages"] <= 0.6 * of_whole["averages"]
             assert rank["notes"] == 0
