@@ -32,15 +32,17 @@ class LiveMemory(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        # A view of what existed before is no new memory, though its storage was never seen made.
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+        for storage in _storages(result):
+            if storage._cdata not in given:
+                self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._known or storage.nbytes() == 0:
+        if key in self._known:
             return
         self._known.add(key)
         self.live += storage.nbytes()
@@ -50,3 +52,9 @@ class LiveMemory(TorchDispatchMode):
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """The memory of the tensors in a tree, where there is any."""
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [storage for storage in storages if storage.nbytes()]

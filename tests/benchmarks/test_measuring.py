@@ -57,3 +57,23 @@ def test_peak_of_memory_is_beyond_what_was_held():
     with peak_memory() as peak:
         (held + 1) * 2
     assert peak.size == 2 * held.nbytes
+
+
+def test_views_of_what_was_held_take_no_memory():
+    layer = torch.nn.Linear(100, 50)
+    x = torch.ones(3, 100)
+    with peak_memory() as peak:
+        held = layer.weight.t(), layer.weight.detach()[:10], layer.weight.view(-1)
+        y = layer(x)
+    assert peak.size == y.nbytes and len(held) == 3
+    with peak_memory() as peak:
+        y.sum().backward()
+    assert peak.size >= layer.weight.grad.nbytes + layer.bias.grad.nbytes
+
+
+def test_what_an_operator_fills_or_changes_is_counted_once():
+    with peak_memory() as peak:
+        filled = torch.empty(0)
+        torch.add(torch.ones(1000), 1, out=filled)
+        filled.mul_(2).t()
+    assert peak.size == 2 * filled.nbytes
