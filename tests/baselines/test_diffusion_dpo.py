@@ -127,7 +127,8 @@ def test_samples_equal_those_of_the_diffusers_pipeline_of_the_base(train, flags,
     options = {"num_inference_steps": 4, "guidance_scale": 3, "output_type": "latent", "height": 32, "width": 32}
     for step in (0, 1):
         ours = literal.samples(literal.of(seen, "generate", step), 4, 3).split(3)
-        noises = [part.x[:3] for part in literal.of(seen, "generate", step)[::4]]
+        firsts = literal.of(seen, "generate", step)[::4]
+        noises = torch.cat([first.x[: len(first.x) // 2] for first in firsts]).split(3)
         rows, _ = literal.drawn(step, 4, 2)
         for row, latents, noise in zip(rows, ours, noises, strict=True):
             theirs = pipeline([literal.CAPTIONS[row]] * 3, latents=noise, **options).images

@@ -86,8 +86,7 @@ def test_pairs_of_a_round_are_drawn_once_by_its_own_reference(lora, train, flags
                 torch.testing.assert_close(part.output, expected, rtol=1e-5, atol=1e-5)
 
     def latents_of(step):
-        (start,) = {len(part.x) for part in literal.of(seen, "generate", step)}
-        latents = literal.samples(literal.of(seen, "generate", step), 2, 5.0).split(start // 2)
+        latents = literal.samples(literal.of(seen, "generate", step), 2, 5.0).split(quick["num_noisy_latents"])
         return dict(zip(literal.drawn(step, 4, 2)[0], latents, strict=True))
 
     first, second = latents_of(0) | latents_of(1), latents_of(4) | latents_of(5)
