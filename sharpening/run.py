@@ -43,6 +43,7 @@ from sharpening.running.writing import WriteError, attempt
 
 logger = get_logger(__name__)
 
+PROMPTS_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")  # only their product matters
 SECONDS_TO_RELEASE = 1.0  # for gloo's workers
 
 
@@ -84,11 +85,12 @@ class Run:
             if args.seed is None:
                 args.seed = state["args"]["seed"]
             bound = {name for name, flag in flags.every_flag(plan.groups).items() if not flag.free}
-            names = sorted(bound & state["args"].keys() & vars(args).keys())
-            processes = "the number of processes"
+            names = sorted((bound & state["args"].keys() & vars(args).keys()).difference(PROMPTS_OF_A_STEP))
+            processes, prompts = "the number of processes", " times ".join(f"--{name}" for name in PROMPTS_OF_A_STEP)
+            was, now = (math.prod(of[name] for name in PROMPTS_OF_A_STEP) for of in (state["args"], vars(args)))
             checkpoints.warn_of_changes(
-                {f"--{name}": state["args"][name] for name in names} | {processes: state["world_size"]},
-                {f"--{name}": getattr(args, name) for name in names} | {processes: plan.world_size},
+                {f"--{name}": state["args"][name] for name in names} | {prompts: was, processes: state["world_size"]},
+                {f"--{name}": getattr(args, name) for name in names} | {prompts: now, processes: plan.world_size},
             )
         if args.seed is None:
             args.seed = secrets.randbelow(2**31)

@@ -60,7 +60,16 @@ def test_resuming_with_other_settings_is_pointed_out(train, flags, caplog):
     assert train(flags(checkpointing_steps=2)) == 0
     assert train(flags(resume_from_checkpoint="latest", max_train_steps=3, train_batch_size=4)) == 0
     warnings = [record.message for record in caplog.records if "never interrupted" in record.message]
-    assert len(warnings) == 1 and "--train_batch_size was 2 and is now 4" in warnings[0]
+    assert len(warnings) == 1
+    assert "--train_batch_size times --gradient_accumulation_steps was 2 and is now 4" in warnings[0]
+
+
+@pytest.mark.usefixtures("no_result")
+def test_as_many_prompts_otherwise_accumulated_are_the_same_run(train, flags, caplog):
+    assert train(flags(checkpointing_steps=2, train_batch_size=2)) == 0
+    other = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
+    assert train(flags(resume_from_checkpoint="latest", max_train_steps=3, **other)) == 0
+    assert "never interrupted" not in caplog.text
 
 
 @pytest.mark.usefixtures("no_result")
