@@ -77,7 +77,7 @@ CATALOGUE: dict[str, Callable[..., Any]] = {
     # and the vocabulary of BERT, both from the hub or local.
     "image_reward": ImageRewardReward,
     # Attributes, spatial and non-spatial relations: a weighted sum of IterComp's models, each in the range of
-    # image_reward. Needs checkpoints that you have trained (--compositional_models).
+    # image_reward. Needs its three checkpoints and the vocabulary of BERT, from the hub or local (--compositional_*).
     "compositional": compositional.CompositionalReward,
     # The grade that a vision chat model gives, in [0, 1], with the grades of its aspects. Needs an endpoint of the
     # OpenAI protocol and, for OpenAI's own, a key (--mllm_*, --base_url, OPENAI_API_KEY).

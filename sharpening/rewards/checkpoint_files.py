@@ -12,6 +12,8 @@ from sharpening.errors import UserError, first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
 
 def name_and_path(entry: str) -> tuple[str, str]:
     """`NAME=PATH` as both, or a path alone, with an empty name: a path may hold = itself, a name no slash."""
@@ -83,6 +85,47 @@ def find_pretrained(flag: str, name: str, kinds: Collection[str], what: str, net
             "saved to"
         )
     return str(path)
+
+
+def list_checkpoints(flag: str, folder: str, cache_dir: str | None) -> dict[str, str]:
+    """The checkpoints in a folder and below it: their paths inside it, and each as `find_checkpoint` takes it.
+
+    Args:
+        flag: what the user wrote, for the message.
+        folder: local, or `owner/repository[/folder]` on the hub. Where the hub is out of reach, only what was
+            downloaded before is there.
+        cache_dir: where downloads are kept; None is the hub library's own choice.
+
+    Raises:
+        UserError: naming `flag`, if there is no such folder or the hub cannot be asked.
+    """
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        return {name: str(path / name) for name in _checkpoints_below(path)}
+    owner, _, rest = folder.partition("/")
+    repository, _, inside = rest.strip("/").partition("/")
+    if not repository or folder.startswith((".", "/", "~")):
+        raise UserError(f"{flag}: there is no folder {folder}; give a path, or a hub id owner/repository/folder")
+    from huggingface_hub import HfApi, snapshot_download
+
+    repository = f"{owner}/{repository}"
+    try:
+        files = [name for name in HfApi().list_repo_files(repository) if name.endswith(SUFFIXES)]
+    except Exception as error:
+        try:
+            files = _checkpoints_below(Path(snapshot_download(repository, cache_dir=cache_dir, local_files_only=True)))
+        except Exception:
+            raise UserError(
+                f"{flag}: the files of {repository} could not be listed ({first_line(error)}); check the name and the "
+                "connection, or download them elsewhere and give their folder"
+            ) from error
+    inside = f"{inside}/" if inside else ""
+    return {name.removeprefix(inside): f"{repository}/{name}" for name in files if name.startswith(inside)}
+
+
+def _checkpoints_below(folder: Path) -> list[str]:
+    files = (path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def read_state_dict(flag: str, path: Path) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def test_only_the_key_is_secret_and_only_what_changes_no_score_may_change_in_a_r
         (["--reward_failure=pass"], "--reward_failure"),
         (["--reward_model=clop"], "did you mean clip?"),
         (["--reward_model=mllm", "--mllm_template=nice"], "--mllm_template nice"),
-        (["--reward_model=shapes,compositional"], "--compositional_models attribute=PATH"),
+        (["--reward_model=shapes,compositional", "--compositional_weights=1,2"], "3 numbers"),
         (["--reward_model=compositional", "--compositional_models=a=x,b=y", "--compositional_weights=1"], "2 numbers"),
     ],
 )
@@ -123,6 +123,7 @@ def test_flags_that_cannot_work_are_refused_before_anything_is_loaded(argv, said
 def test_flags_that_can_work_pass():
     check_reward_flags(values())
     check_reward_flags(values("--reward_model=mllm:x,compositional:a.pt", "--mllm_template=prompt_alignment"))
+    check_reward_flags(values("--reward_model=compositional", "--compositional_weights=1,0.5,2"))
 
 
 def test_cap_on_calls_is_shared_by_the_processes_of_a_run_and_then_by_its_graders(monkeypatch):

@@ -23,7 +23,8 @@ from sharpening.errors import UserError
         ("aesthetic:{folder}/list.pt", "list.pt holds no state dict"),
         ("image_reward", "ImageReward.pt of THUDM/ImageReward could not be had from the hub"),
         ("image_reward:word", "there is no file word"),
-        ("compositional", "--compositional_models attribute=PATH,spatial=PATH,non_spatial=PATH"),
+        ("compositional", "the files of comin/IterComp could not be listed"),
+        ("compositional:word", "there is no folder word"),
     ],
 )
 def test_checkpoint_that_cannot_be_had_is_one_sentence(spec, said, tmp_path):

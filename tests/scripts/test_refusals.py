@@ -125,7 +125,11 @@ CASES = {
     "no call allowed": ({"mllm_max_calls": 0}, ["--mllm_max_calls is 0", "at least 1"]),
     "no time for a call": ({"mllm_timeout": 0}, ["--mllm_timeout is 0", "above 0"]),
     "negative retries": ({"mllm_max_retries": -1}, ["--mllm_max_retries is -1"]),
-    "compositional without models": ({"reward_model": "compositional"}, ["--compositional_models", "PATH"]),
+    "compositional out of reach": ({"reward_model": "compositional"}, ["comin/IterComp", "could not be listed"]),
+    "compositional models that cannot be told apart": (
+        {"reward_model": "compositional:tests"},
+        ["in tests (there is none)", "--compositional_models attribute=PATH"],
+    ),
     "weights that do not match": (
         {"reward_model": "compositional", "compositional_models": "a=x,b=y", "compositional_weights": "1"},
         ["--compositional_weights 1", "2 numbers"],
