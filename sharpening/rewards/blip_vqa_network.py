@@ -5,8 +5,9 @@ was trained to answer questions; the score is the product of its probabilities o
 
 As in the benchmark's code (BLIPvqa_eval): images squashed to 480 px, up to 8 phrases, the token [ENC] before
 the question, and the probability of "yes" against "no" alone, as first token of the answer. What differs: the phrases
-come from rules (`sharpening/rewards/noun_phrases.py`) and not from spaCy, nothing is rounded to four digits or to 8
-bits, and a prompt without a noun phrase is one question as a whole where the benchmark gives it 1.
+come from rules (`sharpening/rewards/noun_phrases.py` counts where they agree) and not from spaCy, nothing is rounded
+to four digits or to 8 bits, and a prompt without a noun phrase is one question as a whole where the benchmark gives
+it 1.
 """
 
 from __future__ import annotations
@@ -22,14 +23,12 @@ from sharpening.rewards.preprocessing import in_slices, preprocess
 # Those of the benchmark. transformers' conversion of BLIP's weights is made for 384 px, so its position embeddings are
 # interpolated to 480, from which they once were to 384.
 IMAGE_SIZE, MAX_PHRASES, MAX_TOKENS = 480, 8, 35
-# What the parser finds in "on the left of" and its like, and nothing to ask for.
-PLACES = frozenset({"top", "the side", "the left", "the right"})
 _DROPPED = str.maketrans("", "", '.!"()*#:;~')  # signs that BLIP's questions were trained without
 
 
 def questions(prompt: str) -> list[str]:
     """What is asked of an image for this prompt: from one to 8 questions, lower case."""
-    phrases = [phrase for phrase in noun_phrases(prompt) if phrase.lower() not in PLACES][:MAX_PHRASES] or [prompt]
+    phrases = noun_phrases(prompt)[:MAX_PHRASES] or [prompt]
     return [f"{phrase}?".lower().translate(_DROPPED) for phrase in phrases]
 
 

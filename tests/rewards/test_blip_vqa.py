@@ -59,7 +59,8 @@ def generated(folder, image, question):
 def test_questions_are_those_of_the_benchmark():
     assert questions("A red apple and a green Bench.") == ["a red apple?", "a green bench?"]
     assert questions("The cat is on the left of the mat, on top of a box") == ["the cat?", "the mat?", "a box?"]
-    assert questions("It was (sitting)!") == ["it was sitting?"]  # no noun phrase: the prompt itself
+    assert questions("(Sitting) was!") == ["sitting was?"]  # no noun phrase: the prompt itself
+    assert questions("A dog in a box, which it likes.") == ["a dog?", "a box?", "which?", "it?"]
     assert questions("on the left") == ["on the left?"]
     assert questions("") == ["?"]
     assert len(questions(", ".join(f"a red thing{n}" for n in range(12)))) == 8
