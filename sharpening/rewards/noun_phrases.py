@@ -160,7 +160,7 @@ def _kinds(words: list[str]) -> list[str]:
 
 
 def _kind(words: list[str], index: int) -> str:
-    word, before, after = words[index], words[max(index - 1, 0)], [*words, "."][index + 1]
+    word, before, after = words[index], words[max(index - 1, 0)], words[index + 1] if index + 1 < len(words) else "."
     if word == "her" and (after in _ENDS or not after[0].isalnum()):  # not "her cat"
         return _PRONOUN
     if word in DETERMINERS:
@@ -182,7 +182,8 @@ def _kind(words: list[str], index: int) -> str:
 
 def _ends_phrase(words: list[str], kinds: list[str], index: int) -> bool:
     """Whether a word of an open class, with those behind it judged, is a verb or an adverb where it stands."""
-    word, following, after = words[index], [*words, "."][index + 1], kinds[index + 1]
+    word, after = words[index], kinds[index + 1]
+    following = words[index + 1] if index + 1 < len(words) else "."
     previous, before = (words[index - 1], kinds[index - 1]) if index else ("", _END)
     if before == _DETERMINER:  # "a watch", "the painting", "the left"
         return False
