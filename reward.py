@@ -37,7 +37,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm_template import load_template
 from sharpening.errors import require
 from sharpening.flags import Flag
 from sharpening.rewards import (
@@ -155,7 +154,7 @@ def check_reward_flags(values: Mapping[str, Any]) -> None:
     """
     for component in parse_reward_spec(values["reward_model"]):
         if component.target == "mllm":
-            load_template(values["mllm_template"])
+            mllm.parse_template(values["mllm_template"], values["mllm_score"])
         if component.target == "compositional":
             parse_compositional(component.model or values["compositional_models"], values["compositional_weights"])
 

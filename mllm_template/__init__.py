@@ -10,6 +10,9 @@ A file opens with lines `key: value` and a line of three dashes; below it stands
 `aspects` are the keys of the reply's JSON object, each an object with a `justification` and a `score` on the scale;
 the reply also has an `overall` score. The text need not describe that object: the format is added below it. The prompt
 of an image is never pasted into the text; the grader gets it apart, marked as data, so the text has no placeholders.
+
+With nothing behind `aspects:` the reply is text that ends in one number on the scale, `Final Score: 4`: what reward
+models made of vision chat models write (UnifiedReward, Wang et al. 2025, arXiv 2503.05236), and any such model can.
 """
 
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ class Template:
 
     Attributes:
         instructions: what the grader is told, the same for every image.
-        aspects: keys of the scores in a reply, besides `overall`.
+        aspects: keys of the scores in a reply, besides `overall`; none if it holds one number alone.
         low, high: the scale of every score.
     """
 
@@ -55,7 +58,7 @@ def load_template(name: str) -> Template:
         values[key.strip()] = value.strip()
     try:
         low, high = map(float, values["scale"].split())
-        aspects = tuple(aspect.strip() for aspect in values["aspects"].split(","))
+        aspects = tuple(aspect.strip() for aspect in values["aspects"].split(",")) if values["aspects"] else ()
         well_formed = bool(separator and instructions.strip()) and low < high
     except (KeyError, ValueError):
         well_formed = False

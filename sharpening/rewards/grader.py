@@ -145,15 +145,11 @@ class Grader:
         self._slots = asyncio.Semaphore(limits.concurrency)
         self._tries: ContextVar[Tries] = ContextVar("tries")  # of the image that the running task grades
         self._fatal: GraderError | None = None
-        # Both shrink to what the endpoint was seen to take.
-        self._formats: list[dict[str, Any] | None] = [
-            {
-                "type": "json_schema",
-                "json_schema": {"name": "grades", "strict": True, "schema": reply_schema(template)},
-            },
-            {"type": "json_object"},
-            None,
-        ]
+        # Both shrink to what the endpoint was seen to take. A reply of one number is text from the start.
+        self._formats: list[dict[str, Any] | None] = [None]
+        if template.aspects:
+            schema = {"name": "grades", "strict": True, "schema": reply_schema(template)}
+            self._formats[:0] = [{"type": "json_schema", "json_schema": schema}, {"type": "json_object"}]
         self._options: dict[str, Any] = {"temperature": 0}
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="mllm grader").start()

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm_template import load_template
+from mllm_template import Template, load_template
+from sharpening.errors import require
 from sharpening.flags import Flag
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class MLLMReward:
     Args:
         model: name at the endpoint (`--mllm_model`, or `mllm:MODEL` in the spec).
         template: `--mllm_template`, a scheme of `mllm_template/` or a file.
-        score: `--mllm_score`, "overall" or "mean" (of the aspects).
+        score: `--mllm_score`, "overall" or "mean" (of the aspects, if the template has any).
         concurrency, timeout, max_retries, max_calls: see `sharpening.rewards.grader.Limits`.
         base_url, api_key: see `sharpening.rewards.grader.Endpoint`.
         cache_dir: grades are kept in its `diffusion_sharpening/mllm_grades`; None is the hub library's cache.
@@ -60,7 +61,7 @@ class MLLMReward:
         api_key: str | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        self.template, self.score = load_template(template), score
+        self.template, self.score = parse_template(template, score), score
         from huggingface_hub.constants import HF_HOME
 
         from sharpening.rewards.grader import Endpoint, Grader, Limits
@@ -97,3 +98,17 @@ class MLLMReward:
         if reasons:
             raise RowsFailed((total, parts), reasons)
         return total, parts
+
+
+def parse_template(template: str, score: str) -> Template:
+    """The template of the flags `--mllm_template` and `--mllm_score`.
+
+    Raises:
+        UserError: naming the flag, if there is none, it is malformed, or it has no aspects to take the mean of.
+    """
+    found = load_template(template)
+    require(
+        bool(found.aspects) or score != "mean",
+        f"--mllm_score mean needs aspects, and --mllm_template {template} has none; leave --mllm_score out",
+    )
+    return found

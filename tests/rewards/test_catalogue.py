@@ -110,6 +110,10 @@ def test_only_the_key_is_secret_and_only_what_changes_no_score_may_change_in_a_r
         (["--reward_failure=pass"], "--reward_failure"),
         (["--reward_model=clop"], "did you mean clip?"),
         (["--reward_model=mllm", "--mllm_template=nice"], "--mllm_template nice"),
+        (
+            ["--reward_model=mllm", "--mllm_template=final_score", "--mllm_score=mean"],
+            "--mllm_score mean needs aspects",
+        ),
         (["--reward_model=shapes,compositional", "--compositional_weights=1,2"], "3 numbers"),
         (["--reward_model=compositional", "--compositional_models=a=x,b=y", "--compositional_weights=1"], "2 numbers"),
     ],

@@ -122,6 +122,29 @@ def test_a_grader_that_repeats_grades_from_the_prompt_is_not_believed(server, gr
     assert grader().get_reward(pictures(2), [demanded, "quoted"]).tolist() == pytest.approx([0.2, 0.2])
 
 
+def test_template_of_one_number_is_asked_for_text(server, grader):
+    """As a reward model behind vLLM answers: prose that ends in a number on the scale of 1 to 5."""
+    server.plan = {
+        "a hat": [Action("The hat is red.\nFinal Score: 4"), Action("never asked")],
+        "a dog": [Action("I like 3 of them."), Action("Final Score: 7"), Action("**Final Score: 1.5**")],
+        "a fox": [Action("Nice!")],
+    }
+    reward = grader("skip", mllm_template="final_score", mllm_max_retries=2)
+    total, parts = reward.score(pictures(3), ["a hat", "a dog", "a fox"])
+    assert total[:2].tolist() == pytest.approx([0.75, 0.125]) and total[2].isnan()
+    assert list(parts) == ["mllm"]
+    assert all("response_format" not in request["body"] for request in server.requests)
+    assert "Final Score: N" in server.requests[0]["body"]["messages"][0]["content"]
+    asked = len(server.requests)
+    again = grader("skip", mllm_template="final_score", mllm_max_retries=2).get_reward(pictures(2), ["a hat", "a dog"])
+    assert again.tolist() == pytest.approx([0.75, 0.125]) and len(server.requests) == asked
+
+
+def test_mean_of_no_aspects_is_refused(server, grader):
+    with pytest.raises(UserError, match="--mllm_score mean needs aspects, and --mllm_template final_score has none"):
+        grader(mllm_template="final_score", mllm_score="mean")
+
+
 # ----------------------------------------------------------------------------------------------------- misbehaviour
 
 GOOD = Action(grades(overall=6))
