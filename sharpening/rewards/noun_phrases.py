@@ -10,34 +10,36 @@ import re
 import unicodedata
 
 
-def _words(text: str) -> frozenset[str]:
+def word_list(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-DETERMINERS = _words("a an the this these those some any each every another no my your his her its our their")
-COPULAS = _words("am is are was were be been being")
-AUXILIARIES = COPULAS | _words("has have had having do does did can could will would shall should may might must not")
-PREPOSITIONS = _words("""
+DETERMINERS = word_list("a an the this these those some any each every another no my your his her its our their")
+COPULAS = word_list("am is are was were be been being")
+AUXILIARIES = COPULAS | word_list(
+    "has have had having do does did can could will would shall should may might must not"
+)
+PREPOSITIONS = word_list("""
     of in on at by with without within from to into onto upon over under above below beneath underneath between among
     amid amidst beside besides behind beyond before after near next around along alongside across through throughout
     toward towards against about up down off out inside outside past during for like via per atop opposite despite
     until since far away
 """)
-CONJUNCTIONS = _words("""
+CONJUNCTIONS = word_list("""
     and or but nor yet while as than that whose when where if because so then though although whether
 """)
-ADVERBS = _words("""
+ADVERBS = word_list("""
     both together nearby apart asleep ahead aside forward backwards upwards downwards everywhere also too just even
     again always never often now there here all
 """)
-SUBJECTS = _words("i you he she it we they who which")  # what follows them is a verb
-PRONOUNS = SUBJECTS | _words("""
+SUBJECTS = word_list("i you he she it we they who which")  # what follows them is a verb
+PRONOUNS = SUBJECTS | word_list("""
     me him us them whom what myself yourself himself herself itself ourselves themselves someone something everyone
     everything anyone anything
 """)
 # Forms that are seldom nouns or adjectives. A word right before a determiner needs no entry here ("display the
 # flowers"), nor do -ed and -ing where no noun follows ("contrasted with"); see `_ends_phrase`.
-VERBS = _words("""
+VERBS = word_list("""
     sit sits sat stands stood lie lies lay hang hangs hung lean leans leant hold holds held wear wears wore eat eats
     ate carry carries ride rides rode flies flew runs ran walks plays looks jumps floats hovers swims swam sleeps
     slept grows grew glows shines shone rises falls fell sank sped drove drives stretches becomes became comes came
@@ -47,27 +49,29 @@ VERBS = _words("""
     holding wearing carrying riding eating watching making taking giving looking having feeling chasing facing showing
     getting trying telling bringing reaching
 """)
-PASTS = _words("rose cut burst spread lit")  # nouns or adjectives as well; verbs after a noun and before a preposition
-COLOURS = _words("""
+PASTS = word_list(
+    "rose cut burst spread lit"
+)  # nouns or adjectives as well; verbs after a noun and before a preposition
+COLOURS = word_list("""
     black white red green blue yellow orange brown purple pink gray grey gold golden silver beige tan cream teal
     turquoise violet magenta cyan maroon navy
 """)
 # Besides what `_ADJECTIVAL` matches: of size, shape, surface, age and the like; those that are seldom nouns.
-ADJECTIVES = _words("""
+ADJECTIVES = word_list("""
     big small large tiny huge tall short long high low wide narrow deep shallow thick thin heavy soft hard rough smooth
     fluffy fuzzy furry silky glossy shiny sleek bumpy jagged spiky sharp blunt crisp crunchy juicy ripe fresh spicy
     warm hot bright dim empty full upright loose tight clean dirty dusty rusty old new young ancient modern pretty
     lovely cozy quiet busy gentle delicate elegant ornate rich natural perfect ready visible happy sad alone alive
     awake wooden woollen metallic spherical cubic oblong pyramidal
 """)
-NOUNS_IN_ING = _words("""
+NOUNS_IN_ING = word_list("""
     building painting drawing ceiling clothing flooring wedding morning evening string spring swing thing railing
     lighting earring sibling duckling dumpling pudding stocking icing lightning carving engraving crossing landing
     awning lining setting parking frosting dining sapling seedling gosling fledgling hatchling starling herring viking
     stitching seating bedding
 """)
-NOUNS_IN_LY = _words("family butterfly dragonfly jelly belly lily fly firefly assembly potbelly")
-CANS = _words("watering trash garbage soda tin spray paint beer")  # after them "can" is a noun
+NOUNS_IN_LY = word_list("family butterfly dragonfly jelly belly lily fly firefly assembly potbelly")
+CANS = word_list("watering trash garbage soda tin spray paint beer")  # after them "can" is a noun
 # What the parser finds in "on the left of" and its like; T2I-CompBench asks nothing for them.
 PLACES = frozenset({"top", "the side", "the left", "the right"})
 
@@ -101,39 +105,46 @@ def noun_phrases(prompt: str) -> list[str]:
     Returns:
         The phrases, possibly none; repetitions are kept.
     """
+    tokens, spans = parse(prompt)
+    phrases = [" ".join(tokens[start:end]).replace(" ,", ",") for start, end in spans]
+    return [phrase for phrase in phrases if phrase.lower() not in PLACES]
+
+
+def parse(prompt: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The tokens of a prompt, words and signs, and where its noun phrases begin and end among them, `PLACES` too."""
     tokens = _TOKEN.findall(unicodedata.normalize("NFC", prompt))  # an accent apart would be a sign of its own
     words = [token.lower() for token in tokens]
     kinds = _kinds(words)
-    phrases: list[str] = []
+    phrases: list[tuple[int, int]] = []
     start = None  # of the phrase under way
     for index, kind in enumerate(kinds):
         if kind == _WORD and start is None:
             start = index
         elif kind == _DETERMINER:
-            phrases += _phrase(tokens, kinds, start, index)
+            phrases += _phrase(words, kinds, start, index)
             start = index
         elif kind == _PRONOUN:
-            phrases += [*_phrase(tokens, kinds, start, index), tokens[index]]
+            phrases += [*_phrase(words, kinds, start, index), (index, index + 1)]
             start = None
         elif kind in (_COMMA, _END) and start is not None and not (
             _joins_at_comma(kinds, start, index) or _joins_at_and(words, kinds, start, index)
         ):  # fmt: skip
-            phrases += _phrase(tokens, kinds, start, index)
+            phrases += _phrase(words, kinds, start, index)
             start = None
-    return [phrase for phrase in phrases if phrase.lower() not in PLACES]
+    return tokens, phrases
 
 
-def _phrase(tokens: list[str], kinds: list[str], start: int | None, end: int) -> list[str]:
+def _phrase(words: list[str], kinds: list[str], start: int | None, end: int) -> list[tuple[int, int]]:
     """The phrase from `start` to `end`, if there is one, without the adjectives behind its noun."""
     if start is None:
         return []
-    nouns = [i for i in range(start, end) if kinds[i] == _WORD and not _is_adjective(tokens[i].lower())]
+    nouns = [i for i in range(start, end) if kinds[i] == _WORD and not _is_adjective(words[i])]
     if nouns:
         end = nouns[-1] + 1
     elif kinds[start] != _DETERMINER:
         return []
-    found = [token for token, kind in zip(tokens[start:end], kinds[start:end], strict=True) if kind == _WORD]
-    return [" ".join(tokens[start:end]).replace(" ,", ",")] if any(map(str.isalpha, "".join(found))) else []
+    found = [word for word, kind in zip(words[start:end], kinds[start:end], strict=True) if kind == _WORD]
+    return [(start, end)] if any(map(str.isalpha, "".join(found))) else []
 
 
 def _kinds(words: list[str]) -> list[str]:
@@ -152,7 +163,7 @@ def _kinds(words: list[str]) -> list[str]:
             predicate = False
         elif predicate:
             kinds[index] = _END
-            predicate = not _is_participle(word)  # "is pushing red carts": the rest is an object
+            predicate = not is_participle(word)  # "is pushing red carts": the rest is an object
     verb = _swallowed_verb(words, kinds)
     if verb is not None:
         kinds[verb] = _END
@@ -200,7 +211,7 @@ def _ends_phrase(words: list[str], kinds: list[str], index: int) -> bool:
         return after != _WORD
     if word in ("left", "right"):
         return before == _WORD and after == _END
-    if not _is_participle(word):
+    if not is_participle(word):
         return False
     if word.endswith("ing"):
         if previous in ("for", "before", "after", "without", "while", "when") and after == _WORD:
@@ -225,7 +236,7 @@ def _swallowed_verb(words: list[str], kinds: list[str]) -> int | None:
         word, before = words[index], words[index - 1]
         described = before.endswith("ly") or before in COLOURS or _is_adjective(before)
         inside = kinds[index - 1 : index + 2] == [_WORD] * 3
-        if word.endswith("ed") and _is_participle(word) and inside and not described:
+        if word.endswith("ed") and is_participle(word) and inside and not described:
             return index
     for index in range(2, len(words) - 1):
         if kinds[index - 2 : index + 1] == [_WORD] * 3 and words[index + 1] in PREPOSITIONS - {"of"}:
@@ -237,10 +248,11 @@ def _is_plural(words: list[str], kinds: list[str], start: int) -> bool:
     """Whether the words from `start` to the end of the phrase are several, not a participle first, a plural last."""
     end = next(index for index in range(start, len(kinds)) if kinds[index] != _WORD)
     last = words[end - 1]
-    return end > start + 1 and not _is_participle(words[start]) and last.endswith("s") and not last.endswith("ss")
+    return end > start + 1 and not is_participle(words[start]) and last.endswith("s") and not last.endswith("ss")
 
 
-def _is_participle(word: str) -> bool:
+def is_participle(word: str) -> bool:
+    """Whether a word, lower case, looks like one in -ed or -ing."""
     return (
         len(word) > 4
         and word.endswith(("ed", "ing"))

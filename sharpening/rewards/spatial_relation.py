@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from sharpening.rewards.adjectives import is_adjective
 from sharpening.rewards.noun_phrases import (
     ADVERBS,
     AUXILIARIES,
@@ -23,7 +24,6 @@ from sharpening.rewards.noun_phrases import (
     DETERMINERS,
     PREPOSITIONS,
     PRONOUNS,
-    is_adjective,
     is_participle,
     parse,
 )
@@ -80,7 +80,11 @@ def find_relation(prompt: str) -> Relation | None:
     """The first relation of a prompt with a thing on either side of it, or None."""
     tokens, phrases = parse(prompt)
     words = [token.lower() for token in tokens]
-    things = [(start, end) for start, end in phrases if end - start > 1 or not is_adjective(words[start])]
+    things = [
+        (start, end)
+        for start, end in phrases
+        if end - start > 1 or not (is_adjective(words[start]) or words[start] in PRONOUNS)
+    ]
     for index in range(len(words)):
         for relation, place in RELATIONS.items():
             end = index + len(relation.split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sharpening.flags import Flag
-from sharpening.rewards.noun_phrases import without_adjectives
+from sharpening.rewards.adjectives import without_adjectives
 from sharpening.rewards.spatial_relation import find_relation
 
 if TYPE_CHECKING:

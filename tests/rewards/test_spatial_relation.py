@@ -2,7 +2,7 @@
 
 import pytest
 
-from sharpening.rewards.noun_phrases import without_adjectives
+from sharpening.rewards.adjectives import without_adjectives
 from sharpening.rewards.spatial_relation import (
     Detection,
     Relation,

@@ -5,7 +5,7 @@ import torch
 
 from reward import load_reward
 from sharpening.errors import UserError
-from sharpening.rewards.noun_phrases import without_adjectives
+from sharpening.rewards.adjectives import without_adjectives
 from tests.support.reward_inputs import noise
 from tests.support.tiny_rewards import TINY
 
