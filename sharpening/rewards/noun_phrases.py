@@ -11,6 +11,7 @@ import unicodedata
 
 
 def word_list(text: str) -> frozenset[str]:
+    """The words of a text, parted by white space."""
     return frozenset(text.split())
 
 
