@@ -44,6 +44,7 @@ from sharpening.rewards import (
     clip,
     compositional,
     mllm,
+    ocr,
     score_images,
     t2i_complex,
     t2i_spatial,
@@ -102,6 +103,9 @@ CATALOGUE: dict[str, Callable[..., Any]] = {
     # The mean of blip_vqa and, as the prompt asks for, t2i_spatial and clip_non_spatial: T2I-CompBench's score of
     # complex prompts, in [-1/2, 1], mostly 0.2 to 0.6. Needs the models of all three (--detector, --t2i_complex_*).
     "t2i_complex": t2i_complex.T2IComplexReward,
+    # How much of the text that the prompt puts in quotes is read in the image, in [0, 1]. Needs the package rapidocr,
+    # which brings its weights: pip install -e '.[ocr]'.
+    "ocr": ocr.OCRReward,
     # Minus the kilobytes of the image as a JPEG, below 0; near -1 at 32 px, around -100 at 512 px. Needs nothing.
     "jpeg_compressibility": JPEGCompressibilityReward,
     # Whether colour, shape and background are those of a caption of the tiny world, in [0, 1]. Needs such captions.
@@ -157,6 +161,8 @@ def check_reward_flags(values: Mapping[str, Any]) -> None:
             mllm.parse_template(values["mllm_template"], values["mllm_score"])
         if component.target == "compositional":
             parse_compositional(component.model or values["compositional_models"], values["compositional_weights"])
+        if component.target == "ocr":
+            ocr.check_installed()
 
 
 def reward_options(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """The SFT script with each reward of the catalogue, on tiny random checkpoints of the right architecture."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from mllm_template import load_template
@@ -48,6 +51,10 @@ def options(
         "blip_vqa": {"reward_model": f"blip_vqa:{tiny_blip_vqa}"},
         "clip_non_spatial": {"reward_model": f"clip_non_spatial:{clip}"},
         **spatial_options,
+        "ocr": {
+            "reward_model": "ocr",
+            "train_data_dir": image_folder(tmp_path / "signs", [f'a sign that says "{text}"' for text in "AB"]),
+        },
         "jpeg_compressibility": {"reward_model": "jpeg_compressibility"},
         "shapes": {"reward_model": "shapes"},
     }
@@ -96,6 +103,19 @@ def test_prompt_that_t2i_spatial_cannot_score_stops_the_run_and_is_named(
     assert "the reward t2i_spatial needs two things" in error and "'a cat and a dog'" in error
     assert train(flags(**changes, reward_failure="skip", output_dir=tmp_path / "skipped")) == 0
     assert [line["reward/failure_rate"] for line in metrics(tmp_path / "skipped")] == [1, 1]
+
+
+@pytest.mark.usefixtures("no_result")
+@pytest.mark.parametrize("method", ["RLHF"])
+def test_rlhf_with_ocr(method, train, flags, tmp_path):
+    """From prompts alone; prompts without quotes leave the selection."""
+    (tmp_path / "prompts.txt").write_text('a sign that says "OPEN"\na dog\n')
+    changes = {"train_data_dir": None, "prompts_file": tmp_path / "prompts.txt", "trajectory_nums": 1}
+    changes |= {"num_noisy_latents": 2, "max_train_steps": 1, "reward_failure": "skip"}
+    assert train(flags(**changes, reward_model="ocr")) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert line["reward/failure_rate"] == 0.5
+    assert line["reward/component/ocr"] == pytest.approx(line["reward/mean"])
 
 
 @pytest.mark.usefixtures("no_result")
