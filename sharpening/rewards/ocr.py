@@ -27,7 +27,8 @@ class OCRReward:
     the text in quotes, and length that of the latter; 1 where all of it is read, whatever else is. Case, blanks and
     line breaks do not count. Several texts in quotes are one, in their order. Source: the text-rendering task of
     Flow-GRPO (Liu et al. 2025, arXiv 2505.05470), which reads with PaddleOCR; RapidOCR ships models of that family in
-    its package, so nothing is downloaded.
+    its package, so nothing is downloaded. They know Latin and Greek letters, Chinese and Japanese characters, and
+    neither Cyrillic nor Korean. An image of 512 px takes about a second on one core, one of 1024 px two.
 
     A prompt without a text in "double", “typographic”, 'single' or other quotes has no score: `--reward_failure`
     decides what follows. An image scores the same alone and in any batch, as each is read alone.

@@ -1,10 +1,8 @@
 """The SFT script with each reward of the catalogue, on tiny random checkpoints of the right architecture."""
 
-import json
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from mllm_template import load_template
