@@ -1,6 +1,5 @@
 """The SFT script with each reward of the catalogue, on tiny random checkpoints of the right architecture."""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file
