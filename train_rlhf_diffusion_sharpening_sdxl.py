@@ -18,6 +18,7 @@ over rows, taken in slices of `--train_rows`: peak memory is that of a slice, wh
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -53,6 +54,12 @@ PREFERENCE = (
         default="trajectory", choices=("trajectory", "sample"),
     ),
     run_flags.BETA_DPO,
+    Flag(
+        "worst_ratio_bound",
+        "how far the worse branch is pushed away: at exp(-bound) of its likelihood, as beta counts it, it has no more "
+        "gradient; inf: without end",
+        float, math.inf, "(0, inf]",
+    ),
     Flag("reward_margin_scale", "scale of the reward margin; 0: without", float, 1.0, "[0, inf)"),
     Flag(
         "reward_margin", "inside the log-sigmoid (eq. 11) or added to the loss, where it has no gradient (released)",
@@ -63,10 +70,30 @@ PREFERENCE = (
         choices=("all", "first"), presets={"paper": "all", "released": "first"},
     ),
 )  # fmt: skip
+# What gains most per forward (docs/study.md). Learning rate, beta, guidance and sampling steps depend on the model.
+EFFICIENT = {
+    "reward_on": "sample",  # a clean estimate along a branch says little of the sample that it leads to
+    "latents_per_prompt": "n",  # candidates that differ in what they show, not in their noise
+    "branch_noise": "shared",  # one noise for all, as in Diffusion-DPO: errors differ by the image alone
+    "num_noisy_latents": 8,  # the more candidates, the farther apart are best and worst
+    "trajectory_nums": 1,  # the states of one step are those that the noised latents are
+    "infer_steps": 20,  # samples good enough to be told apart; evaluation may use more
+    "generation_reuse": 4,  # generating is most of the cost
+    "timestep_bias_strategy": "range",  # where an image is laid out; details are no preference
+    "timestep_bias_begin": 400,
+    "timestep_bias_multiplier": 1000.0,
+    "worst_ratio_bound": 8.0,  # without one, a learning rate three times too high undoes the model
+}
 FLAGS: flags.Groups = {
-    **run_flags.RUN_FLAGS, "method": run_flags.TRAJECTORY, "noise and timesteps": run_flags.NOISING,
-    "prompts and generation": GENERATION, "preference": PREFERENCE, "reward": REWARD_FLAGS,
-    "selection": run_flags.SELECTION,
+    **run_flags.RUN_FLAGS,
+    **{
+        title: flags.with_preset(group, "efficient", EFFICIENT, run_flags.PRESET.choices)
+        for title, group in (
+            ("method", run_flags.TRAJECTORY), ("noise and timesteps", run_flags.NOISING),
+            ("prompts and generation", GENERATION), ("preference", PREFERENCE),
+        )
+    },
+    "reward": REWARD_FLAGS, "selection": run_flags.SELECTION,
 }  # fmt: skip
 MOVED = {
     "train_on": "best is baselines/best_of_n.py, policy is baselines/ddpo.py, pair is what this script does",
@@ -136,6 +163,8 @@ def preference_loss(
     `r = -(e_theta - e_ref)` is Diffusion-DPO's surrogate of the log ratio (Wallace et al., arXiv 2311.12908, eq. 14),
     e the squared error, a mean over elements and over the active steps of a branch. beta multiplies it as it is: 2500
     here are what `beta_dpo=5000` is in Diffusion-DPO's code, which halves it. R is the mean reward over active steps.
+    `--worst_ratio_bound` clamps `beta r_worst` from below. Both likelihoods fall in training, that of the worse branch
+    faster, and where nothing stops it the model leaves both behind.
 
     Shapes: errors, active (B, 2, m), best branch first; reference_errors (B, 2, m), or (B, 2, 1) for the first step
     only; rewards (B, 2); decided (B,) bool: the pair has two scores that differ. The mean loss, whose derivative
@@ -149,7 +178,8 @@ def preference_loss(
     reference = masked_mean(reference_errors, active[..., : reference_errors.shape[-1]])
     log_ratios = -(masked_mean(errors, active) - reference)
     margin = args.reward_margin_scale * torch.where(decided, rewards[:, 0] - rewards[:, 1], 0)
-    logits = args.beta_dpo * (log_ratios[:, 0] - log_ratios[:, 1])
+    lowest = -args.worst_ratio_bound / args.beta_dpo
+    logits = args.beta_dpo * (log_ratios[:, 0] - log_ratios[:, 1].clamp(min=lowest))
     if args.reward_margin == "inside":
         logits = logits - margin
     loss = -logsigmoid(logits)
@@ -157,7 +187,8 @@ def preference_loss(
         loss = loss + margin
     slope = args.beta_dpo * torch.sigmoid(-logits)  # (B,)
     share = active.to(slope.dtype) / active.sum(-1, keepdim=True)  # (B, 2, m)
-    weights = (torch.stack([slope, -slope], 1) * decided[:, None] / len(decided))[..., None] * share
+    slopes = torch.stack([slope, -slope * (log_ratios[:, 1] > lowest)], 1)  # (B, 2)
+    weights = (slopes * decided[:, None] / len(decided))[..., None] * share
     return Preference(loss, logits, log_ratios, weights)
 
 
@@ -181,6 +212,8 @@ def main(args: argparse.Namespace) -> int:
     latents_per_prompt = n if args.latents_per_prompt == "n" else 1
     reuse, guidance = args.generation_reuse, args.branch_guidance_scale
     facts = {"preset": f"{args.preset} (n = {n} branches, m = {m} steps of {args.infer_steps} per trajectory)"}
+    if args.preset == "paper" and args.reward_on == "trajectory":
+        facts["note"] = "judged along branches, this lost reward in docs/study.md; --preset=efficient gained"
     plan.settle(
         len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, reuse, frozen=not args.use_lora
     )
@@ -316,6 +349,9 @@ def main(args: argparse.Namespace) -> int:
                 if at_once:
                     accelerator.backward((weights * errors).sum())
             add_preference(means, preference, rewards[of_part], decided[of_part])
+            if args.worst_ratio_bound < math.inf:
+                beyond = args.beta_dpo * preference.log_ratios[:, 1] <= -args.worst_ratio_bound
+                means.add("preference/bounded", beyond, decided[of_part])
             add_divergence(means, output.detach(), reference_output[part], measured.active[part])
 
         # ----------------------------------------------------------------------------------------------- TRAIN

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from sharpening.errors import UserError, require
@@ -92,6 +92,24 @@ class OneSentenceParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help for every flag")
+
+
+def with_preset(
+    flags: Sequence[Flag], preset: str, values: Mapping[str, Any], others: Sequence[str]
+) -> tuple[Flag, ...]:
+    """The flags with one more preset beside `others`: under it, flags that `values` names have those values, and the
+    rest what they have under the first of the others."""
+
+    def of(flag: Flag) -> Flag:
+        if flag.name == "preset":
+            return replace(flag, choices=(*flag.choices, preset))
+        if flag.name not in values and not flag.presets:
+            return flag
+        before = flag.presets or dict.fromkeys(others, flag.default)
+        presets = {**before, preset: values.get(flag.name, before[others[0]])}
+        return replace(flag, default=None, presets=presets)
+
+    return tuple(map(of, flags))
 
 
 def every_flag(groups: Groups) -> dict[str, Flag]:

@@ -226,8 +226,8 @@ def parse_run(description: str, groups: Groups, argv: Sequence[str]) -> argparse
     """
     args = parse(description, groups, argv)
     check_run(args)
-    for flags, check in ((TRAJECTORY, check_trajectory), (NOISING, check_noising)):
-        if flags in groups.values():
+    for title, check in (("method", check_trajectory), ("noise and timesteps", check_noising)):
+        if title in groups:
             check(args)
     return args
 

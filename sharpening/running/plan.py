@@ -6,6 +6,7 @@ Does not import diffusers' models, so that `--dry_run` answers soon.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,10 @@ from sharpening.model_source import Source
 from sharpening.run_flags import check_schedule
 from sharpening.running import launching
 from sharpening.trajectory import Schedule
+
+logger = logging.getLogger(__name__)
+
+FEW_GENERATIONS = 10  # fewer have not been seen to work
 
 
 class Method(NamedTuple):
@@ -109,7 +114,7 @@ class Plan:
         if not self.is_main:
             return
         parameters = launching.count_unet_parameters(self.source, args.lora_rank if args.use_lora else None)
-        half = self.weight_dtype != torch.float32
+        half, generations = self.weight_dtype != torch.float32, math.ceil(self.num_steps / reuse)
         forwards = [f"{rows:g} rows to {purpose}" for purpose, rows in cost.items() if rows and purpose != "decode"]
         training = f", LoRA of rank {args.lora_rank}: {parameters[1] / 1e6:.1f}M train" if args.use_lora else ""
         lines = {
@@ -123,9 +128,15 @@ class Plan:
             "decodes per step": f"{cost['decode']:g}, per process",
             "steps": f"{self.num_steps}, {self.steps_per_epoch} per epoch, "
             f"{self.num_steps / self.steps_per_epoch:.2f} epochs",
+            **({"generations": f"{generations} fresh ones, each for {reuse} steps"} if reuse > 1 else {}),
             "memory held": launching.memory_held(
                 parameters, half, args.use_8bit_adam, args.use_ema, frozen, self.world_size if args.fsdp else 1
             ),
             "output": args.output_dir,
         }
         print(launching.as_plan(lines), flush=True)
+        if reuse > 1 and generations < FEW_GENERATIONS:
+            logger.warning(
+                f"{generations} fresh generations are few: on the tiny world 11 gained and 6 did not (docs/study.md); "
+                "lower --generation_reuse or raise --max_train_steps"
+            )
