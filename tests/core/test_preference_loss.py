@@ -1,5 +1,6 @@
 """Equation 11 of given errors and rewards: its derivative, its limits, and what carries no preference."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from train_rlhf_diffusion_sharpening_sdxl import preference_loss
 
-OPTIONS = {"beta_dpo": 30.0, "reward_margin_scale": 1.0, "reward_margin": "inside"}
+OPTIONS = {
+    "beta_dpo": 30.0, "worst_ratio_bound": math.inf, "reward_margin_scale": 1.0, "reward_margin": "inside",
+}  # fmt: skip
 
 
 def pairs(seed=0, count=5, m=3):
@@ -26,7 +29,8 @@ def loss_of(errors, reference, active, rewards, decided=None, **changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"reward_margin": "outside"}, {"reward_margin_scale": 0.3}, {"beta_dpo": 900.0}]
+    "changes",
+    [{}, {"reward_margin": "outside"}, {"reward_margin_scale": 0.3}, {"beta_dpo": 900.0}, {"worst_ratio_bound": 5.0}],
 )
 def test_weights_are_the_derivative_of_the_loss(changes):
     errors, *rest = pairs()
@@ -51,6 +55,19 @@ def test_swapping_best_and_worst_flips_the_log_ratio_term():
     swapped = loss_of(errors.flip(1), reference.flip(1), active, rewards, reward_margin_scale=0.0)
     torch.testing.assert_close(swapped.logits, -ours.logits, rtol=1e-12, atol=0)
     torch.testing.assert_close(ours.loss - swapped.loss, -ours.logits, rtol=1e-12, atol=1e-15)
+
+
+def test_worse_branch_is_pushed_as_far_as_the_bound_and_no_farther():
+    errors, reference, active, rewards = pairs()
+    free = loss_of(errors, reference, active, rewards)
+    beyond = 30.0 * free.log_ratios[:, 1] <= -2.0
+    assert 0 < beyond.sum() < len(beyond)
+    bounded = loss_of(errors, reference, active, rewards, worst_ratio_bound=2.0)
+    assert not bounded.weights[beyond, 1].any() and (bounded.weights[:, 0] > 0).any(-1).all()
+    torch.testing.assert_close(bounded.weights[~beyond], free.weights[~beyond], rtol=1e-12, atol=0)
+    expected = 30.0 * free.log_ratios[:, 0] + 2.0 - (rewards[:, 0] - rewards[:, 1])
+    torch.testing.assert_close(bounded.logits[beyond], expected[beyond], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(bounded.log_ratios, free.log_ratios, rtol=0, atol=0)
 
 
 def test_small_beta_without_margin_gives_log_2():

@@ -1,5 +1,6 @@
 """The objective of the RLHF script: loss and gradient against float64 autograd, any slicing, and flat memory."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ from train_rlhf_diffusion_sharpening_sdxl import one_forward_trains, preference_
 OPTIONS = {
     "backprop_through_sampler": False, "reward_on": "trajectory", "beta_dpo": 30.0, "reward_margin_scale": 1.0,
     "reward_margin": "inside", "reference_steps": "all", "train_rows": 2, "score_batch_size": 2,
+    "worst_ratio_bound": math.inf,
 }  # fmt: skip
 
 

@@ -147,6 +147,25 @@ def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("method", ["RLHF"])
+def test_plan_counts_fresh_generations_and_warns_of_few(train, flags, capsys, caplog):
+    options = {"dry_run": True, "preset": "efficient", "max_train_steps": 41}
+    assert train(flags(**options)) == 0
+    assert "11 fresh ones, each for 4 steps" in capsys.readouterr().out and not caplog.records
+    assert train(flags(**options, generation_reuse=8)) == 0
+    assert "6 fresh ones, each for 8 steps" in capsys.readouterr().out
+    assert "6 fresh generations are few" in caplog.text and "lower --generation_reuse" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["RLHF"])
+def test_first_lines_name_the_preset_that_gained(train, flags, capsys):
+    said = []
+    for changes in ({}, {"reward_on": "sample", "latents_per_prompt": "n"}, {"preset": "efficient"}):
+        assert train(flags(dry_run=True, **changes)) == 0
+        said.append("--preset=efficient gained" in capsys.readouterr().out)
+    assert said == [True, False, False]
+
+
 def test_memory_held_counts_the_copies_of_autocast_and_says_what_it_leaves_out():
     whole = launching.memory_held((2**30, 2**30), half=True, adam_8bit=False, ema=False, reference=True)
     assert whole.startswith("20.00 GiB") and "weights 4.00 + autocast 2.00 + gradients 4.00 + Adam 8.00" in whole

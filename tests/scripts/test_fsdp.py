@@ -133,10 +133,10 @@ def runs(world, made_once):
                 *(line(name, name) for name in OPTIONS if name != "SFT"),
                 *(line(f"{name} fsdp", name, fsdp=True) for name in OPTIONS if name != "SFT"),
                 line("DPO again", "DPO", fsdp=True, resume_from_checkpoint=folder / "DPO fsdp" / "checkpoint-4"),
-                line("RLHF samples fsdp", "RLHF", fsdp=True, reward_on="sample", latents_per_prompt="n",
-                     generation_reuse=2, gradient_checkpointing=True, infer_steps=3, mixed_precision="bf16"),
-                line("RLHF samples", "RLHF", reward_on="sample", latents_per_prompt="n",
-                     generation_reuse=2, infer_steps=3, mixed_precision="bf16"),
+                line("RLHF samples fsdp", "RLHF", fsdp=True, preset="efficient", num_noisy_latents=3,
+                     gradient_checkpointing=True, infer_steps=3, mixed_precision="bf16"),
+                line("RLHF samples", "RLHF", preset="efficient", num_noisy_latents=3, infer_steps=3,
+                     mixed_precision="bf16"),
             ]
         )  # fmt: skip
         notes, texts = on_two_ranks(folder, [*lines.values()])

@@ -1,6 +1,7 @@
 """The published command lines keep working: every flag of the released script with its name, type and default."""
 
 import importlib
+import math
 import shlex
 from pathlib import Path
 
@@ -119,6 +120,25 @@ def test_rlhf_presets():
     assert [getattr(released, name) for name in names] == [1.0, "n", "generation", "outside", "first"]
     assert (paper.beta_dpo, paper.reward_margin_scale, paper.reward_on) == (2500, 1.0, "trajectory")
     assert parse_args([*REQUIRED, "--preset=released", "--guidance_scale=3"]).guidance_scale == 3
+
+
+def test_efficient_preset_judges_samples_and_explicit_flags_win():
+    from train_rlhf_diffusion_sharpening_sdxl import EFFICIENT, parse_args
+
+    args = parse_args([*REQUIRED, "--preset=efficient"])
+    assert {name: getattr(args, name) for name in EFFICIENT} == EFFICIENT
+    paper = parse_args(REQUIRED)
+    assert (args.guidance_scale, args.beta_dpo, args.reward_margin) == (5.0, 2500, "inside")  # as under paper
+    assert paper.worst_ratio_bound == math.inf and paper.timestep_bias_strategy == "none"
+    explicit = parse_args([*REQUIRED, "--preset=efficient", "--generation_reuse=1", "--timestep_bias_strategy=none"])
+    assert (explicit.generation_reuse, explicit.timestep_bias_strategy) == (1, "none")
+
+
+def test_preset_of_rlhf_is_unknown_to_sft(capsys):
+    from train_sft_diffusion_sharpening_sdxl import cli
+
+    assert cli([*REQUIRED, "--preset=efficient"]) == 2
+    assert "invalid choice: 'efficient'" in capsys.readouterr().err
 
 
 def test_published_script_has_the_published_flags(method, parse_args):

@@ -47,6 +47,20 @@ def test_three_plus_three_steps_equal_six_bit_for_bit(train, flags, tmp_path):
     assert first["args"]["seed"] == second["args"]["seed"] is not None
 
 
+@pytest.mark.parametrize("method", ["RLHF"], indirect=True)
+def test_efficient_preset_resumes_bit_for_bit_inside_a_generation(train, flags, tmp_path):
+    options = {"preset": "efficient", "infer_steps": 2, "max_train_steps": 6, "checkpointing_steps": 3}
+    assert train(flags(**options, output_dir=tmp_path / "whole")) == 0
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", resumed / "checkpoint-3")
+    shutil.copy(tmp_path / "whole" / "metrics.jsonl", resumed)
+    assert train(flags(**options, output_dir=resumed, resume_from_checkpoint="latest")) == 0
+    assert same_files(tmp_path / "whole", resumed, ["unet/diffusion_pytorch_model.safetensors"]) == []
+    whole, again = metrics(tmp_path / "whole"), metrics(resumed)
+    assert list(map(without_speed, whole)) == list(map(without_speed, again))
+    assert all("preference/bounded" in line for line in whole)
+
+
 @pytest.mark.usefixtures("no_result")
 def test_incomplete_checkpoints_are_passed_over_with_a_warning(train, flags, tmp_path, caplog):
     (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
