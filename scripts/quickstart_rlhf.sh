@@ -20,9 +20,7 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision n
   --pretrained_model_name_or_path=tiny_world/sdxl \
   --prompts_file="$OUT/prompts.txt" --cache_dir="$OUT/cache" \
   --resolution=32 --reward_model=shapes \
-  --reward_on=sample --latents_per_prompt=n --branch_noise=shared \
-  --num_noisy_latents=4 --trajectory_nums=1 --infer_steps=10 --guidance_scale=1 \
-  --beta_dpo=200 \
+  --preset=efficient --infer_steps=5 --guidance_scale=1 --beta_dpo=200 \
   --train_batch_size=24 --max_train_steps=150 --seed=0 \
   --learning_rate=1e-4 --lr_scheduler=cosine --lr_warmup_steps=15 \
   --adam_weight_decay=0 --use_ema --ema_decay=0.95 \

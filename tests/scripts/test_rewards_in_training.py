@@ -78,6 +78,16 @@ def test_training_with(name, options, train, flags, tmp_path):
 
 
 @pytest.mark.usefixtures("no_result")
+@pytest.mark.parametrize("method", ["SFT", "RLHF"])
+def test_training_with_grades_of_one_number(method, options, train, flags, tmp_path, server):
+    server.default = Action("It shows what it should.\nFinal Score: 4")
+    changes = {**SMALL, **options["mllm"], "max_train_steps": 1, "mllm_template": "final_score"}
+    assert train(flags(**changes)) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert line["reward/mean"] == line["reward/component/mllm"] == pytest.approx(0.75)  # 4 on the scale of 1 to 5
+
+
+@pytest.mark.usefixtures("no_result")
 @pytest.mark.parametrize("method", ["RLHF"])
 @pytest.mark.parametrize("name", ["t2i_spatial", "t2i_complex"])
 def test_rlhf_with(name, spatial_options, train, flags, tmp_path):
