@@ -5,9 +5,10 @@ For every pair of a data set in the columns of Pick-a-Pic (`jpg_0`, `jpg_1`, `la
     TRAIN    -log sigmoid(beta (r_best - r_worst)), r = -(|eps - eps_theta|^2 - |eps - eps_ref|^2).
 Nothing is generated and no reward is loaded, but for validation prompts. It is a script of its own because pairs of
 the model's own samples (`baselines/diffusion_dpo.py`) have another loop: they are drawn, judged, selected, in rounds.
-Left out of the published training: Adafactor, for AdamW.
+Left out of the published training: Adafactor, for AdamW. The command is for each of its 16 GPUs: 2048 pairs a step.
 
     accelerate launch baselines/diffusion_dpo_dataset.py --pretrained_model_name_or_path=MODEL \
+        --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --proportion_empty_prompts=0.2 \
         --dataset_name=yuvalkirstain/pickapic_v2 --beta_dpo=2500 --mixed_precision=fp16 --max_train_steps=2000 \
         --train_batch_size=1 --gradient_accumulation_steps=128 --center_crop --random_flip \
         --learning_rate=1e-8 --scale_lr --lr_scheduler=constant_with_warmup --lr_warmup_steps=200

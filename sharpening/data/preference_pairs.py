@@ -85,7 +85,7 @@ def _read_labels(dataset: datasets.Dataset) -> list[float]:
         if not (isinstance(value, (bool, int, float)) and 0 <= value <= 1):
             raise UserError(
                 f"--dataset_name: {LABEL} holds {shortened(value)} in {row_name(dataset, row)}; it must be 1 where "
-                f"{IMAGES[0]} is preferred, 0 where {IMAGES[1]} is, and 0.5 for a tie."
+                f"{IMAGES[0]} is preferred, 0 where {IMAGES[1]} is, and 0.5 for a tie: mend the row or leave it out."
             )
     return values
 

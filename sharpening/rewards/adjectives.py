@@ -1,6 +1,6 @@
 """Adjectives before their noun, by word lists and endings: what a detector and CLIP are asked without."""
 
-from sharpening.rewards.noun_phrases import COLOURS, is_participle, parse, word_list
+from sharpening.rewards.noun_phrases import COLOURS, PURE_ADJECTIVES, is_participle, parse, word_list
 
 ADJECTIVES = word_list("""
     big small large little tiny huge tall short long high low deep shallow wide narrow thick thin fat slim heavy light
@@ -36,7 +36,7 @@ def is_adjective(word: str) -> bool:
 
     Judged by word lists and endings: "old", "wooden", "fluffy", "striped"; not "coat", "leather", "rocking".
     """
-    if word in ADJECTIVES or word in COLOURS or word.endswith(ADJECTIVE_ENDINGS):
+    if word in ADJECTIVES | PURE_ADJECTIVES | COLOURS or word.endswith(ADJECTIVE_ENDINGS):
         return True
     if word.endswith("ed"):
         return is_participle(word)

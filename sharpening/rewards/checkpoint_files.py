@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from sharpening.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
@@ -114,6 +117,7 @@ def list_checkpoints(flag: str, folder: str, cache_dir: str | None) -> dict[str,
     except Exception as error:
         try:
             files = _checkpoints_below(Path(snapshot_download(repository, cache_dir=cache_dir, local_files_only=True)))
+            logger.warning(f"{flag}: the hub cannot be asked ({first_line(error)}); earlier downloads are used")
         except Exception:
             raise UserError(
                 f"{flag}: the files of {repository} could not be listed ({first_line(error)}); check the name and the "

@@ -88,7 +88,8 @@ def parse_compositional(models: str | None, weights: str | None) -> tuple[list[f
         UserError: naming the flag, if names, paths and weights do not go together.
     """
     models = models or PUBLISHED
-    pairs = [name_and_path(entry.strip()) for entry in models.split(",")]
+    entries = [models] if Path(models).expanduser().is_dir() else models.split(",")
+    pairs = [name_and_path(entry.strip()) for entry in entries]
     paths = dict(pairs)
     if not all(paths.values()) or len(paths) != len(pairs) or (len(pairs) > 1 and "" in paths):
         raise UserError(

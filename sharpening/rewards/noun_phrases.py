@@ -3,7 +3,8 @@
 T2I-CompBench takes them from spaCy's parser. Its prompts are of few forms, "a red apple and a green bench" before all,
 and for those the words that are never part of a noun phrase, most of which belong to closed classes, are enough: of
 its 300 validation prompts each, 92% (color), 94% (shape), 89% (texture) and 92% (complex) have the very list that
-spaCy's en_core_web_sm 3.8 gives its code; most others are mistakes of the parser.
+spaCy's en_core_web_sm 3.8 gives its code (`python tests/rewards/make_noun_phrases_golden.py --prompts FILE`); most
+others are mistakes of the parser.
 """
 
 import re
@@ -58,7 +59,7 @@ COLOURS = word_list("""
     turquoise violet magenta cyan maroon navy
 """)
 # Besides what `_ADJECTIVAL` matches: of size, shape, surface, age and the like; those that are seldom nouns.
-ADJECTIVES = word_list("""
+PURE_ADJECTIVES = word_list("""
     big small large tiny huge tall short long high low wide narrow deep shallow thick thin heavy soft hard rough smooth
     fluffy fuzzy furry silky glossy shiny sleek bumpy jagged spiky sharp blunt crisp crunchy juicy ripe fresh spicy
     warm hot bright dim empty full upright loose tight clean dirty dusty rusty old new young ancient modern pretty
@@ -139,7 +140,7 @@ def _phrase(words: list[str], kinds: list[str], start: int | None, end: int) -> 
     """The phrase from `start` to `end`, if there is one, without the adjectives behind its noun."""
     if start is None:
         return []
-    nouns = [i for i in range(start, end) if kinds[i] == _WORD and not _is_adjective(words[i])]
+    nouns = [i for i in range(start, end) if kinds[i] == _WORD and not _is_pure_adjective(words[i])]
     if nouns:
         end = nouns[-1] + 1
     elif kinds[start] != _DETERMINER:
@@ -206,7 +207,7 @@ def _ends_phrase(words: list[str], kinds: list[str], index: int) -> bool:
     if word in VERBS:
         return following not in ("of", "iron")  # "the defining features of", "cast iron"
     if word in PASTS:
-        described = previous in COLOURS or _is_adjective(previous)  # "a red rose on"
+        described = previous in COLOURS or _is_pure_adjective(previous)  # "a red rose on"
         return before == _WORD and following in PREPOSITIONS and not described
     if word.endswith("ly") and word not in NOUNS_IN_LY:
         return after != _WORD
@@ -217,7 +218,7 @@ def _ends_phrase(words: list[str], kinds: list[str], index: int) -> bool:
     if word.endswith("ing"):
         if previous in ("for", "before", "after", "without", "while", "when") and after == _WORD:
             return True  # "for serving dinner"
-        if _is_adjective(previous):  # "a long meeting"
+        if _is_pure_adjective(previous):  # "a long meeting"
             return False
     return after == _END if index + 1 < len(words) else before == _WORD
 
@@ -235,7 +236,7 @@ def _swallowed_verb(words: list[str], kinds: list[str]) -> int | None:
             return None
     for index in range(1, len(words)):
         word, before = words[index], words[index - 1]
-        described = before.endswith("ly") or before in COLOURS or _is_adjective(before)
+        described = before.endswith("ly") or before in COLOURS or _is_pure_adjective(before)
         inside = kinds[index - 1 : index + 2] == [_WORD] * 3
         if word.endswith("ed") and is_participle(word) and inside and not described:
             return index
@@ -263,8 +264,8 @@ def is_participle(word: str) -> bool:
     )
 
 
-def _is_adjective(word: str) -> bool:
-    return word in ADJECTIVES or _ADJECTIVAL.fullmatch(word) is not None
+def _is_pure_adjective(word: str) -> bool:
+    return word in PURE_ADJECTIVES or _ADJECTIVAL.fullmatch(word) is not None
 
 
 def _joins_at_comma(kinds: list[str], start: int, comma: int) -> bool:
@@ -288,5 +289,5 @@ def _joins_at_and(words: list[str], kinds: list[str], start: int, index: int) ->
     first, second, ahead = words[index - 1], words[index + 1], words[start : index - 1]
     if first in COLOURS and second in COLOURS:
         return first not in ("orange", "violet") or not COLOURS.intersection(ahead)
-    adjectives = all(map(_is_adjective, (first, second)))
-    return adjectives and all(word in DETERMINERS or word in COLOURS or _is_adjective(word) for word in ahead)
+    adjectives = all(map(_is_pure_adjective, (first, second)))
+    return adjectives and all(word in DETERMINERS or word in COLOURS or _is_pure_adjective(word) for word in ahead)

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGES = ("rapidocr", "onnxruntime")
+MAX_RATIO = 8  # of the sides of an image that is read; a longer one gets a white margin
 # Double quotes of several languages and those of Japanese; and single ones, which have no letter beside them outside
 # ("it's", "the dogs' bowl").
-_DOUBLE = re.compile(r'"([^"]*)"|[“„”]([^“„”]*)[“”]|«([^«»]*)»|「([^「」]*)」|『([^『』]*)』')
+_DOUBLE = re.compile(  # behind a digit it is a sign of inches
+    r'(?<!\d)"([^"]*)"|[“„”]([^“„”]*)[“”]|«([^«»]*)»|»([^«»]*)«|「([^「」]*)」|『([^『』]*)』'
+)
+_STRAIGHT = str.maketrans("\u2018\u2019“”„", '\'\'"""')
 _SINGLE = re.compile(r"(?<!\w)['\u2018]((?:[^'\u2018\u2019]|(?<=\w)['\u2019](?=\w))*)['\u2019](?!\w)")
 
 
@@ -27,8 +31,8 @@ class OCRReward:
     the text in quotes, and length that of the latter; 1 where all of it is read, whatever else is. Case, blanks and
     line breaks do not count. Several texts in quotes are one, in their order. Source: the text-rendering task of
     Flow-GRPO (Liu et al. 2025, arXiv 2505.05470), which reads with PaddleOCR; RapidOCR ships models of that family in
-    its package, so nothing is downloaded. They know Latin and Greek letters, Chinese and Japanese characters, and
-    neither Cyrillic nor Korean. An image of 512 px takes about a second on one core, one of 1024 px two.
+    its package, so nothing is downloaded. They know Latin letters, some accents among them, and by their table of
+    characters Chinese and Japanese; Greek is read as the Latin letters it looks like, Cyrillic and Korean not at all.
 
     A prompt without a text in "double", “typographic”, 'single' or other quotes has no score: `--reward_failure`
     decides what follows. An image scores the same alone and in any batch, as each is read alone.
@@ -70,6 +74,12 @@ class OCRReward:
 
     def read(self, image: np.ndarray) -> str:
         """The text in an image `(H, W, 3)` uint8, line after line."""
+        import numpy as np
+
+        # The reader enlarges an image by its shorter side: a strip would become huge.
+        short = max(image.shape[:2]) // MAX_RATIO
+        pad = [(0, max(0, short - side)) for side in image.shape[:2]]
+        image = np.pad(image, (*pad, (0, 0)), constant_values=255)
         lines = self.reader(image[:, :, ::-1].copy()).txts  # which takes BGR, as OpenCV does
         return "\n".join(lines or ())
 
@@ -86,6 +96,7 @@ def check_installed() -> None:
 
 def quoted(prompt: str) -> str:
     """The texts in quotes of a prompt, joined by line breaks; single quotes count where there are no others."""
+    prompt = prompt.replace('\\"', '"')  # as csv and JSON escape it
     found = _DOUBLE.findall(prompt)
     texts = ["".join(groups) for groups in found] if found else _SINGLE.findall(prompt)
     return "\n".join(text for text in texts if _letters(text))
@@ -100,7 +111,7 @@ def similarity(read: str, wanted: str) -> float:
 
 
 def _letters(text: str) -> str:
-    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return "".join(unicodedata.normalize("NFKC", text).translate(_STRAIGHT).casefold().split())
 
 
 def _distance(first: str, second: str) -> int:

@@ -6,7 +6,8 @@ and overlap of their boxes, and what becomes of the scores. What differs:
 - the things come from rules (`sharpening/rewards/noun_phrases.py`) and not from spaCy: the noun phrases right before
   and right after the relation, without determiner and adjectives. Of "a coat rack" the benchmark asks for "coat" or
   "rack", whichever is nearer to the relation, because its detector knows single words; here it is "coat rack";
-- "on top of", which the benchmark reads and then has no rule for, so that it scores 0, follows the rule of top;
+- "on top of", which the benchmark reads and then has no rule for, so that it scores 0, follows the rule of top, and
+  "on bottom of", which it has neither in its list nor in a rule, that of bottom;
 - of several relations the first counts; the benchmark takes the prompt's first and last noun, or gives 0.
 """
 
@@ -100,7 +101,7 @@ def _thing(phrase: list[str]) -> str:
     """What to look for: the phrase without determiner and adjectives, up to a comma that no adjective precedes."""
     commas = [index for index, word in enumerate(phrase) if word == "," and not is_adjective(phrase[index - 1])]
     phrase = phrase[: min(commas, default=None)]
-    *modifiers, noun = [word for word in phrase if word[0].isalpha() and word not in _NO_THING]
+    *modifiers, noun = [word for word in phrase if any(map(str.isalpha, word)) and word not in _NO_THING] or phrase
     return "person" if noun in PEOPLE else " ".join([*(word for word in modifiers if not is_adjective(word)), noun])
 
 

@@ -25,17 +25,17 @@ class T2IComplexReward:
     The mean of `blip_vqa` and, by what the prompt says,
 
     - `t2i_spatial`, if it has a relation that t2i_spatial knows and no action: "the red hat was on top of the coat";
-    - `clip_non_spatial`, if it has no such relation: "the black phone was resting on the brown charger";
+    - `clip_non_spatial`, if it has no such relation: "the black phone was resting on the brown charger", and also if
+      it says no action either ("a red cube and a green house"), of which the benchmark has none;
     - both, if it has a relation and an action: "the colorful parrot sat next to the black cage".
 
-    Each part is logged, NaN for prompts that do not ask for it. CLIP reads the prompt without its adjectives, as the
-    benchmark has it. Range: [-1/2, 1], mostly 0.2 to 0.6.
+    Each part is logged, NaN for prompts that do not ask for it. CLIP reads the prompt without the adjectives of its
+    noun phrases; the benchmark also drops those behind "is" and "was". Range: [-1/2, 1], mostly 0.2 to 0.6.
 
     Close to the published numbers, not equal to them: what blip_vqa and t2i_spatial differ in, they differ in here,
-    and 33 of its 88 prompts with a relation say "on top of", which the benchmark scores 0. The benchmark reads from
-    lists which prompts hold an action; here it is a verb other than a form of "be" beside the relation. The one prompt
-    of its lists that is known to differ says "sank below the horizon". Which words are adjectives is judged by word
-    lists and endings, and not by spaCy.
+    and many of its prompts say "on top of", which the benchmark scores 0. The benchmark reads from lists which prompts
+    hold an action; here it is a verb other than a form of "be" beside the relation. Which words are adjectives is
+    judged by word lists and endings, and not by spaCy.
 
     Args:
         blip_vqa: model of blip_vqa (`--t2i_complex_blip_vqa`).

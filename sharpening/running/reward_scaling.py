@@ -12,6 +12,7 @@ from sharpening.running.curves import Means
 from sharpening.running.launching import sum_over_ranks
 from sharpening.selection import Scores
 
+ROUNDING = 1e-6  # relative, of float32
 DECAY = 0.99  # of what earlier steps count, with each step: a hundred steps are remembered
 
 
@@ -57,7 +58,10 @@ class RewardScaling:
         scored = ~branch.isnan()
         count = scored.sum(2, keepdim=True)
         mean = branch.nansum(2, keepdim=True) / count.clamp(min=1)
-        squares = torch.where(scored, (branch - mean).square(), 0).sum((1, 2))
+        away = torch.where(scored, branch - mean, 0)
+        # What rounding alone makes differ does not: divided by that, it would drown every other component.
+        differ = away.abs().amax(2, keepdim=True) > ROUNDING * branch.nan_to_num().abs().amax(2, keepdim=True)
+        squares = torch.where(differ, away.square(), 0).sum((1, 2))
         degrees = (count - 1).clamp(min=0).sum((1, 2))
         step = sum_over_ranks(torch.stack([squares, degrees], 1), self.hosts)  # (C, 2)
         before = self.kept.get("spread", {})

@@ -132,3 +132,15 @@ def test_what_has_not_differed_yet_is_not_divided():
     torch.testing.assert_close(rewards[:, 0], small / (2.5 / 2) ** 0.5 + 7)
     nothing = torch.full((4,), torch.nan)
     assert scaling().apply(scores_of(nothing, nothing), 2, means()).rewards.isnan().all()
+
+
+@pytest.mark.parametrize("n", [3, 7, 11])
+def test_component_that_differs_by_rounding_alone_is_not_divided(n):
+    generator, running = torch.Generator().manual_seed(n), scaling()
+    for _ in range(20):
+        small = torch.randn(5 * n, 3, generator=generator)
+        flat = torch.randn(5, 1, 3, generator=generator).expand(-1, n, -1).flatten(0, 1) + 20  # alike in all branches
+        scores = running.apply(
+            scores_of(small, flat * (1 + 1e-7 * torch.randn(5 * n, 3, generator=generator))), n, means()
+        )
+        assert (scores.rewards - flat).abs().max() < 10

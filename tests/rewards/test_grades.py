@@ -104,6 +104,7 @@ FINAL = load_template("final_score")
     ("reply", "score"),
     [
         ("Final Score: 4.5", 4.5),
+        ("Final Score: 4 out of 5", 4),
         ("The hat is there, 2 dogs are not.\n\nhat (object): 1\ndogs (object): 0\nFinal Score: 2", 2),
         ("Good.\n**Final Score:** 4.25", 4.25),
         ("final score: 5/5.", 5),

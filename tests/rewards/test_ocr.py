@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -12,7 +13,7 @@ from reward import REWARD_FLAGS, check_reward_flags, cli, load_reward
 from sharpening.errors import UserError
 from sharpening.flags import parse
 from sharpening.rewards.calling import RewardError
-from sharpening.rewards.ocr import quoted, similarity
+from sharpening.rewards.ocr import OCRReward, quoted, similarity
 
 FONT = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 32)
 
@@ -70,6 +71,16 @@ def test_extreme_images_have_an_ordinary_score(reward):
         assert 0 <= reward.get_reward(images, ['"HELLO"']).item() < 0.5
 
 
+def test_strip_is_read_with_a_white_margin(monkeypatch):
+    """The reader enlarges by the shorter side, without bounds."""
+    reward, shapes = OCRReward(), []
+    reader = reward.reader
+    monkeypatch.setattr(reward, "reader", lambda image: shapes.append(image.shape) or reader(image))
+    for shape in ((4, 512), (512, 4), (64, 96)):
+        reward.read(np.zeros((*shape, 3), np.uint8))
+    assert shapes == [(64, 512, 3), (512, 64, 3), (64, 96, 3)]
+
+
 def test_prompt_without_a_text_in_quotes_has_no_score():
     images, prompts = [drawn("OPEN")] * 3, ['says "OPEN"', "a dog", 'an empty ""']
     with pytest.raises(RewardError, match="its prompt has no text in quotes") as caught:
@@ -92,6 +103,10 @@ def test_prompt_without_a_text_in_quotes_has_no_score():
         ("a cake with 'it's mine', the dogs' bowl", "it's mine"),
         ("""the cat's "STOP" isn't 'GO'""", "STOP"),
         ("the dogs' and the cats' bowls aren't here", ""),
+        ('a 6" pipe and a 7" hose', ""),
+        ('a 6" pipe that says "GAS"', "GAS"),
+        ('a sign \\"OPEN\\"', "OPEN"),
+        ("ein Schild »Halt«", "Halt"),
         ("a lone \" quote", ""),
         ('empty "" and " "', ""),
         ("", ""),
@@ -115,6 +130,7 @@ def test_text_in_quotes(prompt, text):
         ("something else altogether", "stop", 0),
         ("\uff33\uff34\uff2f\uff30", "stop", 1),
         ("STRASSE", "straße", 1),
+        ("don't “go”", 'don’t "go"', 1),
     ],
 )
 def test_similarity(read, wanted, score):

@@ -61,6 +61,18 @@ def test_relation_of(prompt):
     assert find_relation(prompt) == Relation(*(WITH_ACTION if action else RELATIONS)[prompt], action)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "first", "second"),
+    [
+        ("a 4x4 on the left of a house", "4x4", "house"), ("a 7up next to a dog", "7up", "dog"),
+        ("a 1st near a 2nd", "1st", "2nd"),
+    ],
+)  # fmt: skip
+def test_thing_may_begin_with_a_digit(prompt, first, second):
+    relation = find_relation(prompt)
+    assert (relation.first, relation.second) == (first, second)
+
+
 @pytest.mark.parametrize("prompt", NONE)
 def test_no_relation_in(prompt):
     assert find_relation(prompt) is None

@@ -32,14 +32,16 @@ def options(
 ):
     """Flags that run each entry here: without the internet, against the local grader."""
     clip = f"{TINY}/{tiny_clip[0]}"
-    spatial = write_image_reward(tmp_path / "spatial", 1)
+    folder = tmp_path / "reward_models"
+    for variant, name in enumerate(("attribute", "spatial", "non_spatial")):
+        write_image_reward(folder / name, variant)
     return {
         "clip": {"reward_model": "clip", "clip_model": clip},
         "image_reward": {"reward_model": f"image_reward:{tiny_image_reward}"},
         "compositional": {
             "reward_model": "compositional",
-            "compositional_models": f"attribute={tiny_image_reward},spatial={spatial}",
-            "compositional_weights": "1,0.5",
+            "compositional_models": folder,
+            "compositional_weights": "1,0.5,0.5",
         },
         "mllm": {"reward_model": "mllm", "base_url": server.base_url, "cache_dir": tmp_path / "cache"},
         "pickscore": {"reward_model": f"pickscore:{tiny_pickscore}"},
@@ -58,7 +60,7 @@ def options(
 
 
 PARTS = {
-    "compositional": ["attribute", "spatial"],
+    "compositional": ["attribute", "spatial", "non_spatial"],
     "mllm": load_template("five_aspects").aspects,
     "t2i_complex": ["blip_vqa", "spatial", "clip"],
 }
