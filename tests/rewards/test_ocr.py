@@ -130,7 +130,7 @@ def test_text_in_quotes(prompt, text):
         ("something else altogether", "stop", 0),
         ("\uff33\uff34\uff2f\uff30", "stop", 1),
         ("STRASSE", "straße", 1),
-        ("don't “go”", 'don’t "go"', 1),
+        ("don't “go”", 'don\u2019t "go"', 1),
     ],
 )
 def test_similarity(read, wanted, score):
