@@ -1,4 +1,4 @@
-"""Files of reward checkpoints, from a local path or from the hub, and what is wrong when they cannot be had."""
+"""Files and folders of reward models, local or on the hub, and what is wrong when they cannot be had."""
 
 from __future__ import annotations
 
