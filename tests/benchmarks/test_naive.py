@@ -1,5 +1,6 @@
 """The literal reading of both algorithms learns what the scripts learn."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from train_rlhf_diffusion_sharpening_sdxl import preference_loss
 from train_sft_diffusion_sharpening_sdxl import sft_weights
 
 BETA = 2500.0
-ARGS = SimpleNamespace(beta_dpo=BETA, reward_margin_scale=1.0, reward_margin="inside")
+ARGS = SimpleNamespace(beta_dpo=BETA, worst_ratio_bound=math.inf, reward_margin_scale=1.0, reward_margin="inside")
 
 
 @pytest.mark.parametrize("method", ["SFT", "RLHF"])
