@@ -82,7 +82,7 @@ EFFICIENT = {
     "timestep_bias_strategy": "range",  # where an image is laid out; details are no preference
     "timestep_bias_begin": 400,
     "timestep_bias_multiplier": 1000.0,
-    "worst_ratio_bound": 4.0,  # without one, a learning rate three times too high undoes the model
+    "worst_ratio_bound": 8.0,  # without one, a learning rate three times too high undoes the model
 }
 FLAGS: flags.Groups = {
     **run_flags.RUN_FLAGS,

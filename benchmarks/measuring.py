@@ -110,6 +110,9 @@ class Peak:
     size: int = 0
 
 
+SECONDS_OF_A_PRODUCT = 5.0  # that `matmul_peak` is willing to wait for one
+
+
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
     """The peak of memory within: on a GPU by the allocator, on a CPU by counting tensors."""
@@ -126,7 +129,12 @@ def peak_memory() -> Iterator[Peak]:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of five."""
-    size = 8192 if device.type == "cuda" else 2048
-    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
-    return 2 * size**3 / min(timed(lambda: left @ right) for _ in range(5))
+    """FLOP/s of a large matrix product, the best of five; of a smaller one where the dtype has no instructions."""
+
+    def best(size: int) -> float:
+        left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+        return 2 * size**3 / min(timed(lambda: left @ right) for _ in range(5))
+
+    small = best(512)
+    large = 8192 if device.type == "cuda" else 2048
+    return best(large) if 2 * large**3 / small < SECONDS_OF_A_PRODUCT else small
