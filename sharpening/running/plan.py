@@ -23,7 +23,7 @@ from sharpening.trajectory import Schedule
 
 logger = logging.getLogger(__name__)
 
-FEW_GENERATIONS = 10  # fewer have not been seen to work
+FEW_GENERATIONS = 10  # fewer gain less for the same compute (docs/study.md)
 
 
 class Method(NamedTuple):
@@ -137,6 +137,6 @@ class Plan:
         print(launching.as_plan(lines), flush=True)
         if reuse > 1 and generations < FEW_GENERATIONS:
             logger.warning(
-                f"{generations} fresh generations are few: on the tiny world 11 gained and 6 did not (docs/study.md); "
-                "lower --generation_reuse or raise --max_train_steps"
+                f"{generations} fresh generations are few: on the tiny world 6 gained a fifth less than 22 for the same "
+                "compute (docs/study.md); lower --generation_reuse or raise --max_train_steps"
             )
