@@ -137,6 +137,6 @@ class Plan:
         print(launching.as_plan(lines), flush=True)
         if reuse > 1 and generations < FEW_GENERATIONS:
             logger.warning(
-                f"{generations} fresh generations are few: on the tiny world 6 gained a fifth less than 22 for the same "
-                "compute (docs/study.md); lower --generation_reuse or raise --max_train_steps"
+                f"{generations} fresh generations are few: on the tiny world 6 gained a fifth less than 22 at the "
+                "same compute (docs/study.md); lower --generation_reuse or raise --max_train_steps"
             )
