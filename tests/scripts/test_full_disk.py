@@ -90,7 +90,7 @@ def test_tracker_that_cannot_begin_for_want_of_space_says_so(tmp_path):
     )
     assert result.returncode == 2
     assert re.search(
-        r"^error: --report_to tensorboard: .*; free space on the disk of --output_dir$", result.stderr, re.M
+        r"error: --report_to tensorboard: .*; free space on the disk of --output_dir$", result.stderr, re.M
     )
 
 
