@@ -106,13 +106,12 @@ def main(args: argparse.Namespace) -> int:
     # Imported here, so that --help and --dry_run are answered before seconds of imports.
     from sharpening.data.prompts import load_prompts
     from sharpening.running.plan import Method, Plan
+    from sharpening.stochastic import check_start
 
     # -------------------------------------------------------------------------------------------- FLAGS TO RUN
     plan = Plan(args, FLAGS, Method("D3PO", "d3po", "2311.13231"))
     schedule, accelerator, device = plan.schedule, plan.accelerator, plan.device
-    starts_noised = bool((schedule.alphas_cumprod[schedule.timesteps] > 0).all())
-    remedy = "use a scheduler without rescale_betas_zero_snr"
-    require(starts_noised, f"D3PO cannot take a step from pure noise, where this model's sampling starts; {remedy}")
+    check_start(schedule, plan.method.name)
     prompt_data = load_prompts(prompts_file=args.prompts_file, **plan.data_options())
     n, trained_steps = args.num_noisy_latents, args.infer_steps - 1
     prompts_per_step = args.train_batch_size * args.gradient_accumulation_steps

@@ -5,6 +5,7 @@ of its gradient, of the optimizer's states and of its average. A forward gathers
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,21 +34,21 @@ def shard(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtype) 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = [module for module in unet.modules() if isinstance(module, GATHERED_AT_ONCE)]
     # The root, too, lets its weights go: kept, they would be the old ones in a forward that follows an optimizer step.
-    for module in [*blocks, unet]:
+    modules = [*blocks, unet]
+    for module in modules:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if not any(parameter.requires_grad for parameter in unet.parameters()):
-        unet.register_forward_hook(_forget_order)
+        unet.register_forward_hook(lambda *_: _forget_order(modules))
     return unet
 
 
-def _forget_order(unet: UNet2DConditionModel, *_: Any) -> None:
+def _forget_order(modules: Iterable[FSDPModule]) -> None:
     """Forget in which order blocks ran. torch 2.10 notes it for the backward, which forgets it, but a frozen UNet has
     none: the notes would grow with each forward."""
-    for module in unet.modules():
-        if isinstance(module, FSDPModule):
-            group = module._get_fsdp_state()._fsdp_param_group
-            group._post_forward_indices.clear()
-            group.comm_ctx.post_forward_order.clear()
+    for module in modules:
+        group = module._get_fsdp_state()._fsdp_param_group
+        group._post_forward_indices.clear()
+        group.comm_ctx.post_forward_order.clear()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sharpening.errors import require
 from sharpening.trajectory import Model, Schedule, ddim_step, stochastic_factors
 from sharpening.transfer import Index, take
 
@@ -23,6 +24,19 @@ class Transitions(NamedTuple):
     def rows(self, index: Index) -> Transitions:
         """The paths that `index`, on the CPU, names."""
         return Transitions(*take(self, index))
+
+
+def check_start(schedule: Schedule, method: str) -> None:
+    """Refuse a schedule whose sampling starts from pure noise, of which a step has no density.
+
+    Raises:
+        UserError: naming the method and the remedy.
+    """
+    require(
+        bool((schedule.alphas_cumprod[schedule.timesteps] > 0).all()),
+        f"{method} cannot take a step from pure noise, where this model's sampling starts; use a scheduler without "
+        "rescale_betas_zero_snr",
+    )
 
 
 def sample_paths(

@@ -1,6 +1,6 @@
 """Work that has begun elsewhere and is waited for later: none of it is left behind when some of it fails."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ class Begun:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
-            self._end()
+            _end(self._waits)
 
     def begin(self, work: Callable[[], Callable[[], Any]]) -> None:
         """Begin work, unless some has failed to begin; what `work()` returns waits for its result."""
@@ -35,14 +35,9 @@ class Begun:
     def wait(self) -> list[Any]:
         """All results. The first exception is raised when all work has ended."""
         if self._failure is not None:
-            self._end()
+            _end(self._waits)
             raise self._failure
         return wait_for_all(self._waits)
-
-    def _end(self) -> None:
-        for wait in self._waits:
-            with suppress(Exception):
-                wait()
 
 
 def wait_for_all(waits: Sequence[Callable[[], T]]) -> list[T]:
@@ -65,7 +60,12 @@ def beginning(waits: Sequence[Callable[[], object]]) -> Iterator[None]:
     try:
         yield
     except Exception:
-        for wait in waits:
-            with suppress(Exception):
-                wait()
+        _end(waits)
         raise
+
+
+def _end(waits: Iterable[Callable[[], object]]) -> None:
+    """Wait for all of them, whatever becomes of them."""
+    for wait in waits:
+        with suppress(Exception):
+            wait()
