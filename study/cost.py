@@ -1,4 +1,4 @@
-"""What a training run may cost, in forwards of one row through the UNet.
+"""What a training run costs, in forwards of one row through the UNet: planned, and as counted while it ran.
 
 A row that is trained on costs three, a decoded latent what its floating-point operations cost.
 """
@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tiny_world/sdxl"
 SFT, RLHF = "train_sft_diffusion_sharpening_sdxl", "train_rlhf_diffusion_sharpening_sdxl"  # paths without .py
 DPO, BEST_OF_N, DDPO, D3PO = (f"baselines/{name}" for name in ("diffusion_dpo", "best_of_n", "ddpo", "d3po"))
-TRAINING_PROMPTS = 45
 
 
 def words(flags: Mapping[str, object]) -> list[str]:
@@ -46,13 +45,15 @@ def decode_cost() -> float:
 def compute_per_update(script: str, flags: Mapping[str, object], decode: float) -> float:
     """Forwards of a row that an optimizer step of a script needs, by its own account."""
     module, args = _parsed(script, flags)
-    return _forwards(module.rows_per_step(args), decode)
+    return forwards_of(module.rows_per_step(args), decode)
 
 
 def compute_before(script: str, flags: Mapping[str, object], decode: float) -> float:
     """Forwards of a row to draw and to judge what a script keeps for its whole run."""
     module, args = _parsed(script, flags)
-    return _forwards(module.rows_before(args, TRAINING_PROMPTS), decode) if script in (DPO, BEST_OF_N) else 0
+    if script not in (DPO, BEST_OF_N):
+        return 0
+    return forwards_of(module.rows_before(args, len(Path(flags["prompts_file"]).read_text().splitlines())), decode)
 
 
 def _parsed(script: str, flags: Mapping[str, object]) -> tuple[ModuleType, argparse.Namespace]:
@@ -60,6 +61,7 @@ def _parsed(script: str, flags: Mapping[str, object]) -> tuple[ModuleType, argpa
     return module, module.parse_args(words({**flags, "output_dir": "none"}))
 
 
-def _forwards(rows: Mapping[str, float], decode: float) -> float:
+def forwards_of(rows: Mapping[str, float], decode: float) -> float:
+    """What rows by purpose, planned by a script or counted by `study/counted.py`, cost in forwards of a row."""
     weights = {"train": 3, "decode": decode}
     return sum(weights.get(purpose, 1) * count for purpose, count in rows.items())

@@ -1,7 +1,8 @@
 """The runs of the study (`study/execution.py`): every training run of the paper's comparisons.
 
-Compute is counted as `study/cost.py` says. Where methods are compared at equal compute, the number of updates follows
-from it.
+Compute is planned as `study/cost.py` says. Where methods are compared at equal compute, the number of updates follows
+from it. Table 1 trains on 36 prompts, chooses settings by nine others and judges by nine that nothing was chosen by;
+the comparisons at equal updates, of which nothing is chosen, train on 45 and judge by nine.
 """
 
 from __future__ import annotations
@@ -11,28 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from study.cost import BEST_OF_N, D3PO, DDPO, DPO, MODEL, RLHF, SFT, compute_before, compute_per_update
-from study.settings import (
-    COMMON,
-    DATA,
-    DRAWN,
-    FROM_UPDATES,
-    IMAGES,
-    LETTER,
-    ON_IMAGES,
-    ON_SAMPLES,
-    PAIRS,
-    PAIRS_OF_PATHS,
-    PATHS,
-    PLAIN,
-    SAMPLES,
-    SFT_NAME,
-    SHARPENED,
-    SHOWN_OVER_TIME,
-    THE_LETTER,
-    Size,
-    short,
-)
+from study.cost import MODEL, RLHF, SFT, compute_before, compute_per_update
+from study.methods import METHODS, Method, Setting
+from study.settings import COMMON, DATA, IMAGES, PLAIN, SAMPLES, SFT_NAME, SHARPENED, SHOWN_OVER_TIME, Size, short
 
 
 @dataclass(frozen=True)
@@ -60,32 +42,68 @@ class Sweep:
     runs: Mapping[int, Sequence[Run]]
 
 
+def _sevens(name: str, runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Groups of 7 runs: a process each judges them, and draws the base's images once."""
+    return {f"{name}_{start // 7}": [*runs[start : start + 7]] for start in range(0, len(runs), 7)}
+
+
+def groups_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """The group of every run, by its key."""
+    return {run.key: group for group, runs in groups.items() for run in runs}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was tried for every method of table 1, at the smallest budget and the first seed."""
+
+    tried: Mapping[str, Mapping[Setting, Run]]  # label -> setting -> its run
+
+    def runs(self) -> list[Run]:
+        return [run for of_method in self.tried.values() for run in of_method.values()]
+
+    def groups(self) -> dict[str, list[Run]]:
+        """Which runs are judged together."""
+        return _sevens("tuning", self.runs())
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Every run by where it appears."""
+    """Every run by where it appears, but for those of `Tuning` alone."""
 
-    table_1: Mapping[str, Sequence[Run]]  # label -> a run per seed
+    table_1: Mapping[int, Mapping[str, Sequence[Run]]]  # budget -> label -> a run per seed
     settle: Mapping[tuple[float, str], Sequence[Run]]  # (learning rate, label) -> a run per seed
     sweeps: Sequence[Sweep]
     selection: Mapping[tuple[str, str], Sequence[Run]]  # (label, data) -> a run per seed
-    rates: Mapping[str, Sequence[Run]]  # label of table 1 -> a run at a third and at three times its learning rate
     searches: Mapping[str, Sequence[str]]  # label -> specs of increasing cost
 
-    def runs(self) -> list[Run]:
-        groups = [*self.table_1.values(), *self.settle.values(), *self.selection.values(), *self.rates.values()]
+    @property
+    def largest(self) -> Mapping[str, Sequence[Run]]:
+        """Table 1 at its largest budget."""
+        return self.table_1[max(self.table_1)]
+
+    def first_runs(self) -> list[Run]:
+        """The runs of table 1."""
+        return [run for rows in self.table_1.values() for runs in rows.values() for run in runs]
+
+    def other_runs(self) -> list[Run]:
+        """The runs of all else."""
+        groups = [*self.settle.values(), *self.selection.values()]
         groups += [runs for sweep in self.sweeps for runs in sweep.runs.values()]
         return list({run.key: run for runs in groups for run in runs}.values())
 
-    def groups(self) -> dict[str, list[Run]]:
-        """Which runs are judged together: at most 7 of one seed, those of table 1 by themselves."""
-        runs = self.runs()
-        first = {run.key for rows in self.table_1.values() for run in rows}
+    def first_groups(self) -> dict[str, list[Run]]:
+        """Which runs of table 1 are judged together: those of one budget and seed."""
         groups: dict[str, list[Run]] = {}
+        for budget, rows in self.table_1.items():
+            for run in (run for runs in rows.values() for run in runs):
+                groups.setdefault(f"table1_{budget // 1000}k_s{run.seed}", []).append(run)
+        return groups
+
+    def other_groups(self) -> dict[str, list[Run]]:
+        """Which of the others are judged together: at most 7 of one seed."""
+        groups, runs = {}, self.other_runs()
         for seed in dict.fromkeys(run.seed for run in runs):
-            groups[f"table1_s{seed}"] = [run for run in runs if run.seed == seed and run.key in first]
-            others = [run for run in runs if run.seed == seed and run.key not in first]
-            for start in range(0, len(others), 7):
-                groups[f"others_s{seed}_{start // 7}"] = others[start : start + 7]
+            groups |= _sevens(f"others_s{seed}", [run for run in runs if run.seed == seed])
         return groups
 
     def search_specs(self) -> list[tuple[str, str, str, bool]]:
@@ -132,41 +150,65 @@ class Planner:
         """Flags of a run on prompts."""
         return {**self.common, "prompts_file": self.output_dir / "prompts.txt"}
 
-    def run(self, name: str, script: str, seed: int, updates: int | None = None, **flags: object) -> Run:
-        """A run; without `updates`, as many as `size.compute` allows."""
+    def run(
+        self, name: str, script: str, seed: int, updates: int = 0, budget: int = 0, shown: int = 0, **flags: object
+    ) -> Run:
+        """A run of so many `updates` or, if that is 0, as many as `budget` allows; held-out images are drawn in it
+        `shown` times."""
         flags = {**(self.of_images if script == SFT else self.of_prompts), **flags}
         each, before = compute_per_update(script, flags, self.decode), compute_before(script, flags, self.decode)
         rounds = flags.get("rounds", 1)  # each warms up anew
-        updates = updates or rounds * max(2, int((self.size.compute - before) / each / rounds))
-        flags |= {
+        updates = updates or rounds * max(2, int((budget - before) / each / rounds))
+        shown = shown or (6 if seed == 0 and name in SHOWN_OVER_TIME else 0)
+        flags = {
+            "num_validation_images": self.size.validation_images, **flags,
             "lr_warmup_steps": max(1, updates // rounds // 10),
-            "num_validation_images": self.size.validation_images,
-            "validation_steps": max(1, updates // 6) if seed == 0 and name in SHOWN_OVER_TIME else 0,
-        }
+            "validation_steps": max(1, updates // shown) if shown else 0,
+        }  # fmt: skip
         return Run(name, script, updates, seed, flags, before + updates * each)
 
     def per_seed(self, name: str, script: str, seeds: Sequence[int] | None = None, **options: object) -> list[Run]:
         """The same run with each seed; `options` are those of `run`."""
         return [self.run(name, script, seed, **options) for seed in seeds or self.size.seeds]
 
-    def table_1(self) -> dict[str, list[Run]]:
-        """Every method at equal compute."""
-        sets = self.size.reference_sets
-        dpo, in_rounds = {**PAIRS, "sets": sets}, {**PAIRS, "sets": max(1, sets // 3), "rounds": 3}
-        best_of_base = {**DRAWN, "samples_of": "base", "sets": sets, "learning_rate": 5e-4}
-        best_of_own = {**DRAWN, "learning_rate": 1e-5}
-        return {
-            "standard fine-tuning": self.per_seed("table1_fine_tuning", SFT, **PLAIN),
-            "best of 4 of the base, fine-tuning": self.per_seed("table1_best_of_base", BEST_OF_N, **best_of_base),
-            "best of 4 of its own, fine-tuning": self.per_seed("table1_best_of_own", BEST_OF_N, **best_of_own),
-            "Diffusion-DPO, fixed pairs": self.per_seed("table1_dpo", DPO, **dpo),
-            "Diffusion-DPO in 3 rounds (as IterPO)": self.per_seed("table1_dpo_rounds", DPO, **in_rounds),
-            "policy gradient (DDPO)": self.per_seed("table1_ddpo", DDPO, **PATHS),
-            "D3PO, best and worst of 4 paths": self.per_seed("table1_d3po", D3PO, **PAIRS_OF_PATHS),
-            ON_IMAGES: self.per_seed("table1_sft", SFT, **SHARPENED),
-            THE_LETTER: self.per_seed("table1_rlhf_letter", RLHF, **LETTER),
-            ON_SAMPLES: self.per_seed("table1_rlhf", RLHF, **SAMPLES),
-        }
+    def of_table_1(self, method: Method, setting: Setting, budget: int, seed: int, shown: int = 0) -> Run:
+        """A method in a setting, on the prompts of table 1."""
+        flags = {**setting.flags, "validation_prompts_file": self.output_dir / "judged_prompts.txt"}
+        if method.script == SFT:
+            flags["train_data_dir"] = self.output_dir / "shapes_study"
+        else:
+            flags["prompts_file"] = self.output_dir / "study_prompts.txt"
+        if method.keeps:
+            share = method.keeps * budget / max(self.size.budgets)
+            flags["sets"] = max(1, round(self.size.reference_sets * share))
+        if shown:
+            flags["num_validation_images"] = self.size.shown_images
+        name = f"{method.name}_{setting.name}_{budget // 1000}k"
+        return self.run(name, method.script, seed, budget=budget, shown=shown, **flags)
+
+    def tuning(self) -> Tuning:
+        """What is tried for every method."""
+        tried, budget, seed = {}, min(self.size.budgets), self.size.seeds[0]
+        for index, (label, method) in enumerate(METHODS.items()):
+            settings = [method.untuned()]
+            if self.size.tuned is None or index < self.size.tuned:
+                settings = [*method.settings(self.size.rate_factors)]
+            tried[label] = {setting: self.of_table_1(method, setting, budget, seed) for setting in settings}
+        return Tuning(tried)
+
+    def table_1(self, chosen: Mapping[str, Setting]) -> dict[int, dict[str, list[Run]]]:
+        """Every method, in its chosen setting, at every budget; the largest is shown over time."""
+        table: dict[int, dict[str, list[Run]]] = {}
+        for budget in self.size.budgets:
+            largest = budget == max(self.size.budgets)
+            table[budget] = {
+                label: [
+                    self.of_table_1(METHODS[label], setting, budget, seed, 10 if largest and seed == 0 else 0)
+                    for seed in self.size.seeds
+                ]
+                for label, setting in chosen.items()
+            }
+        return table
 
     def settle(self) -> dict[tuple[float, str], list[Run]]:
         """SFT sharpening against standard fine-tuning, at equal updates and at equal compute."""
@@ -216,20 +258,6 @@ class Planner:
                 selection[f"worst of {n} noises", data] = self.sft(n, 1, seeds, "shapes:-1", data=data)
         return selection
 
-    def rates(self, table_1: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
-        """The methods of table 1 at a third and at three times their learning rate, first seed only."""
-        rates = {}
-        # Settings on given images have a comparison of their own.
-        rated = [(label, first) for label, (first, *_) in table_1.items() if first.script != SFT]
-        for label, first in rated[: self.size.rated]:
-            flags = {name: value for name, value in first.flags.items() if name not in FROM_UPDATES}
-            rate = flags.pop("learning_rate")
-            rates[label] = [
-                self.run(f"{word}_{first.name}", first.script, first.seed, learning_rate=changed, **flags)
-                for word, changed in (("low", rate / 3), ("high", rate * 3))
-            ]
-        return rates
-
     def searches(self) -> dict[str, list[str]]:
         """Search at inference, instead of training."""
         search = self.size.search
@@ -242,10 +270,6 @@ class Planner:
         }
 
 
-def make_plan(size: Size, output_dir: Path, decode: float) -> Plan:
-    """All runs of the study; `decode` as of `Planner`."""
-    planner = Planner(size, output_dir, decode)
-    table_1 = planner.table_1()
-    return Plan(
-        table_1, planner.settle(), planner.sweeps(), planner.selection(), planner.rates(table_1), planner.searches()
-    )
+def make_plan(planner: Planner, chosen: Mapping[str, Setting]) -> Plan:
+    """All runs of the study but those of its tuning; `chosen` is the setting of every method of table 1."""
+    return Plan(planner.table_1(chosen), planner.settle(), planner.sweeps(), planner.selection(), planner.searches())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from study.plan import Plan, Run
-from study.settings import DATA, METRICS, ON_IMAGES, ON_SAMPLES, THE_LETTER, Size
+from sharpening.files import write_aside
+from study.cost import compute_per_update, forwards_of
+from study.methods import EFFICIENT_RLHF, ON_IMAGES, THE_LETTER, Setting
+from study.plan import Plan, Run, Tuning, groups_of
+from study.settings import DATA, METRICS, Size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WANTED = 0.9  # the reward of which it is asked what reaching it costs
+Tables = dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]]  # title -> (header, rows)
 LEGEND = (
     "`a ± b`: mean and standard error of the gain over the base on the same prompts and noise, b from the spread over "
     "{seeds} training seed(s) and the spread over the {images} images: sqrt(variance over seeds / seeds + squared "
@@ -52,15 +59,17 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Report:
-    """Reads the results of a finished study in `output_dir`."""
+    """Reads the results of a finished study in `output_dir`; `only_first`: of its table 1 and the tuning for it."""
 
+    tuning: Tuning
     plan: Plan
     size: Size
     output_dir: Path
+    decode: float  # what decoding a latent costs, in forwards of a row
 
     @cached_property
     def _group_of(self) -> dict[str, str]:
-        return {run.key: group for group, runs in self.plan.groups().items() for run in runs}
+        return groups_of({**self.plan.first_groups(), **self.plan.other_groups()})
 
     @cached_property
     def _summaries(self) -> dict[str, dict]:
@@ -95,51 +104,86 @@ class Report:
         lines = read_metrics(self.output_dir / "runs" / run.key / "model" / "metrics.jsonl")
         return np.array([line[name] for line in lines if name in line])
 
-    def tables(self) -> str:
-        """`tables.md`."""
-        legend = LEGEND.format(seeds=len(self.size.seeds), images=self.size.images)
-        parts = [legend, *self._table_1(), *self._rates(), *self._settle(), *self._sweeps(), *self._selection()]
-        return "\n\n".join([*parts, *self._searches()]) + "\n"
+    def counted(self, runs: Sequence[Run]) -> float:
+        """Forwards of a row that a run needed, as counted while it ran: the least of several seeds, since one of them
+        also drew what is shown over time."""
+        files = (self.output_dir / "runs" / run.key / "rows.json" for run in runs)
+        return min(forwards_of(json.loads(file.read_text()), self.decode) for file in files)
 
-    def _table_1(self) -> list[str]:
-        first = f"table1_s{self.size.seeds[0]}"
-        base = [self.judged(first, "base", metric)["mean"] for metric in ("shapes", *METRICS)]
-        header = ["method", "lr", "updates", "compute", "reward", "win rate", *METRICS, "diversity"]
-        cells = [f"{base[0]:.3f}", "", *(f"{value:.3f}" for value in base[1:])]
-        rows = [["base", "", "", "", *cells, f"{self.diversity(first, 'base'):.3f}"]]
-        for label, runs in self.plan.table_1.items():
-            run, wins = runs[0], np.mean([comparison["win_rate"] for comparison in self.of(runs)])
-            diversity = np.mean([self.diversity(self._group_of[run.key], run.key) for run in runs])
-            spent = [f"{run.flags['learning_rate']:g}", f"{run.updates}", f"{run.compute / 1000:.0f}k"]
-            others = [signed(self.of(runs, metric)) for metric in METRICS]
-            rows.append([label, *spent, signed(self.of(runs)), f"{wins:.2f}", *others, f"{diversity:.3f}"])
-        return ["## Table 1: equal compute", markdown(header, rows)]
+    def write_tables(self, only_first: bool) -> str:
+        """`tables.md`, whose text is returned, and each table as `tables/NAME.csv`."""
+        tables = self._table_1() | self._tuning()
+        if not only_first:
+            tables |= self._settle() | self._sweeps() | self._selection() | self._searches()
+        parts = [LEGEND.format(seeds=len(self.size.seeds), images=self.size.images)]
+        (self.output_dir / "tables").mkdir(exist_ok=True)
+        for title, (header, rows) in tables.items():
+            parts += [f"## {title}", markdown(header, rows)]
+            name = "_".join(re.findall(r"[a-z0-9]+", title.partition(" (")[0].lower()))
+            with (
+                write_aside(self.output_dir / "tables" / f"{name}.csv") as aside,
+                aside.open("w", encoding="utf-8", newline="") as file,
+            ):
+                csv.writer(file).writerows([header, *rows])
+        text = "\n\n".join(parts) + "\n"
+        with write_aside(self.output_dir / "tables.md") as aside:
+            aside.write_text(text)
+        return text
 
-    def _rates(self) -> list[str]:
-        header, rows = ["method", "lr / 3", "lr of table 1", "3 lr"], []
-        for label, (low, high) in self.plan.rates.items():
-            three = [low, self.plan.table_1[label][0], high]
-            rows.append([label, *(signed(self.of([run])) for run in three)])
-        return ["## Learning rates of table 1, seed 0", markdown(header, rows)]
+    def _table_1(self) -> Tables:
+        tables = {}
+        for budget, methods in self.plan.table_1.items():
+            first = f"table1_{budget // 1000}k_s{self.size.seeds[0]}"
+            base = [self.judged(first, "base", metric)["mean"] for metric in ("shapes", *METRICS)]
+            header = ["method", "setting", "updates", "forwards", "reward", "win rate", *METRICS, "diversity"]
+            cells = [f"{base[0]:.3f}", "", *(f"{value:.3f}" for value in base[1:])]
+            rows = [["base", "", "", "", *cells, f"{self.diversity(first, 'base'):.3f}"]]
+            for label, runs in methods.items():
+                wins = np.mean([comparison["win_rate"] for comparison in self.of(runs)])
+                diversity = np.mean([self.diversity(self._group_of[run.key], run.key) for run in runs])
+                spent = [self._setting(label).words, f"{runs[0].updates}", f"{self.counted(runs) / 1000:.1f}k"]
+                others = [signed(self.of(runs, metric)) for metric in METRICS]
+                rows.append([label, *spent, signed(self.of(runs)), f"{wins:.2f}", *others, f"{diversity:.3f}"])
+            tables[f"Table 1: {budget // 1000}k forwards"] = header, rows
+        header, rows = ["method", "forwards"], []
+        for label, runs in self.plan.largest.items():
+            reached = self._reaches(*self._over_compute(runs[0]))
+            rows.append([label, f"{reached:.0f}k" if reached else "not reached"])
+        return tables | {f"Forwards to a held-out reward of {WANTED:.2f}": (header, rows)}
 
-    def _settle(self) -> list[str]:
+    def _setting(self, label: str) -> Setting:
+        """What was chosen for a method: what its smallest run of table 1 was tuned with."""
+        least = self.plan.table_1[min(self.plan.table_1)][label][0]
+        return next(setting for setting, run in self.tuning.tried[label].items() if run.key == least.key)
+
+    def _tuning(self) -> Tables:
+        rows, group_of = [], groups_of(self.tuning.groups())
+        for label, tried in self.tuning.tried.items():
+            chosen = self._setting(label)
+            for setting, run in tried.items():
+                row = [label, setting.words, f"{run.updates}", signed([self.judged(group_of[run.key], run.key)])]
+                rows.append([*row, "chosen" if setting == chosen else ""])
+        title = f"What was tried at {min(self.size.budgets) // 1000}k forwards ({self.size.tuning_images} images)"
+        return {title: (["method", "setting", "updates", "reward on the tuning prompts", ""], rows)}
+
+    def _settle(self) -> Tables:
         rates, rows = list(self.size.learning_rates), []
         for label in dict.fromkeys(label for _, label in self.plan.settle):
             runs = [self.plan.settle[rate, label] for rate in rates]
             spent = [f"{runs[0][0].updates}", f"{runs[0][0].compute / 1000:.0f}k"]
             rows.append([label, *spent, *(signed(self.of(of_rate)) for of_rate in runs)])
         header = ["", "updates", "compute", *(f"lr {rate:g}" for rate in rates)]
-        return ["## SFT sharpening against standard fine-tuning", markdown(header, rows)]
+        return {"SFT sharpening against standard fine-tuning": (header, rows)}
 
-    def _sweeps(self) -> list[str]:
-        parts = []
+    def _sweeps(self) -> Tables:
+        tables = {}
         for sweep in self.plan.sweeps:
             rows = [["gain", *(signed(self.of(runs)) for runs in sweep.runs.values())]]
             rows.append(["compute", *(f"{runs[0].compute / 1000:.0f}k" for runs in sweep.runs.values())])
-            parts += [f"## {sweep.title}", markdown([sweep.flag, *map(str, sweep.runs)], rows)]
-        return parts
+            tables[sweep.title] = [sweep.flag, *map(str, sweep.runs)], rows
+        return tables
 
-    def _selection(self) -> list[str]:
+    def _selection(self) -> Tables:
         header = [
             "trained on",
             *(f"gain, {words}" for words in DATA.values()),
@@ -150,9 +194,9 @@ class Report:
             both = [self.plan.selection[label, data] for data in DATA]
             early = [self.curve(run, "loss")[: max(1, self.size.updates // 3)].mean() for run in both[0]]
             rows.append([label, *(signed(self.of(runs)) for runs in both), f"{np.mean(early):.4f}"])
-        return ["## What selection over noises does", markdown(header, rows)]
+        return {"What selection over noises does": (header, rows)}
 
-    def _searches(self) -> list[str]:
+    def _searches(self) -> Tables:
         header, rows = ["", "NFE", "reward", "gain", "gain in likeness"], []
         named = [(group, name, name) for group, name in (("search_best_of_n", "rlhf"), ("search_best_of_n", "sft"))]
         for group, name, spec, on_rlhf in self.plan.search_specs():
@@ -160,21 +204,24 @@ class Report:
         for group, name, label in named:
             nfe, reward = self.summary(group)["models"][name]["nfe"], self.judged(group, name)
             likeness = self.judged(group, name, "likeness")
-            label = {"rlhf": ON_SAMPLES, "sft": ON_IMAGES}.get(label, label)
+            label = {"rlhf": EFFICIENT_RLHF, "sft": ON_IMAGES}.get(label, label)
             rows.append([label, f"{nfe:.0f}", f"{reward['mean']:.3f}", signed([reward]), signed([likeness])])
-        return [f"## Figure 5: search at inference ({self.size.search_images} images)", markdown(header, rows)]
+        return {f"Figure 5: search at inference ({self.size.search_images} images)": (header, rows)}
 
-    def draw_figures(self) -> None:
-        """`figure4.png` to `figure6.png`, and `branches_and_steps.png` for tables 2 and 3."""
+    def draw_figures(self, only_first: bool) -> None:
+        """`reward_by_compute.png` of table 1, `figure4.png` to `figure6.png`, and `branches_and_steps.png` for tables
+        2 and 3."""
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        figures = {
-            "figure4.png": self._figure_4, "figure5.png": self._figure_5, "figure6.png": self._figure_6,
-            "branches_and_steps.png": self._sweep_figure,
-        }  # fmt: skip
+        figures = {"reward_by_compute.png": self._compute_figure, "figure6.png": self._figure_6}
+        if not only_first:
+            figures |= {
+                "figure4.png": self._figure_4, "figure5.png": self._figure_5,
+                "branches_and_steps.png": self._sweep_figure,
+            }  # fmt: skip
         for name, draw in figures.items():
             figure = draw()
             figure.tight_layout()
@@ -184,7 +231,44 @@ class Report:
     def _validated(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
         """Updates at which held-out images were drawn, and their mean reward."""
         reward = self.curve(run, "validation/reward")
-        return np.arange(1, len(reward) + 1) * max(1, run.updates // 6), reward
+        return np.arange(1, len(reward) + 1) * run.flags["validation_steps"], reward
+
+    def _over_compute(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
+        """Thousand forwards of a row at which a run drew held-out images, and their mean reward."""
+        at, reward = self._validated(run)
+        each = compute_per_update(run.script, run.flags, self.decode)
+        return (run.compute - (run.updates - at) * each) / 1000, reward
+
+    @staticmethod
+    def _reaches(forwards: np.ndarray, reward: np.ndarray) -> float | None:
+        """Where the reward first comes to `WANTED`, on straight lines between the points; None: nowhere."""
+        reached = np.flatnonzero(reward >= WANTED)
+        if not len(reached):
+            return None
+        last = reached[0]
+        if last == 0:
+            return float(forwards[0])
+        share = (WANTED - reward[last - 1]) / (reward[last] - reward[last - 1])
+        return float(forwards[last - 1] + share * (forwards[last] - forwards[last - 1]))
+
+    def _compute_figure(self) -> Figure:
+        from matplotlib import pyplot
+
+        figure, axis = pyplot.subplots(figsize=(9, 5.2))
+        base = self.judged(f"table1_{max(self.size.budgets) // 1000}k_s{self.size.seeds[0]}", "base")["mean"]
+        for index, (label, runs) in enumerate(self.plan.largest.items()):
+            bold = label == EFFICIENT_RLHF
+            look = {"color": "k" if bold else f"C{index}", "linewidth": 2.4 if bold else 1.3}
+            axis.plot(*self._over_compute(runs[0]), "o-", markersize=3, label=label, **look)
+        axis.axhline(base, color="0.6", linewidth=0.8, linestyle="--")
+        axis.axhline(WANTED, color="0.8", linewidth=0.8)
+        axis.set(
+            xlabel="compute, thousand forwards of a row", ylabel=f"held-out reward ({self.size.shown_images} images)",
+            title="Table 1 over time, first seed; dashed: the base",
+        )  # fmt: skip
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        return figure
 
     def _figure_4(self) -> Figure:
         from matplotlib import pyplot
@@ -241,8 +325,8 @@ class Report:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), sharey=True)
-        for axis, label in zip(axes, (ON_IMAGES, THE_LETTER, ON_SAMPLES), strict=True):
-            run = self.plan.table_1[label][0]
+        for axis, label in zip(axes, (ON_IMAGES, THE_LETTER, EFFICIENT_RLHF), strict=True):
+            run = self.plan.largest[label][0]
             window = max(1, run.updates // 12)
             mean, spread = (smooth(self.curve(run, f"reward/{name}"), window) for name in ("mean", "spread"))
             steps = np.arange(window, window + len(mean))

@@ -11,18 +11,22 @@ COMMON = {
     "report_to": "none", "validation_guidance_scale": 1, "validation_epochs": 0, "checkpointing_steps": 1_000_000,
 }  # fmt: skip
 IMAGES = {"center_crop": True, "proportion_empty_prompts": 0.1, "learning_rate": 5e-4}
-DRAWN = {"num_noisy_latents": 4, "infer_steps": 10, "guidance_scale": 1, "generation_batch_size": 96}
-# The setting of scripts/quickstart_rlhf.sh.
+# Few steps: what is drawn for less is as good to learn from (docs/study.md), for whoever draws.
+DRAWN = {"num_noisy_latents": 4, "infer_steps": 5, "guidance_scale": 1, "generation_batch_size": 96}
+# RLHF on samples without what makes it cheap, of which tables 2 and 3 vary n and m.
 SAMPLES = {
-    **DRAWN, "reward_on": "sample", "latents_per_prompt": "n", "branch_noise": "shared", "trajectory_nums": 1,
-    "beta_dpo": 200, "learning_rate": 1e-4,
+    **DRAWN, "infer_steps": 10, "reward_on": "sample", "latents_per_prompt": "n", "branch_noise": "shared",
+    "trajectory_nums": 1, "beta_dpo": 200, "learning_rate": 1e-4,
+}  # fmt: skip
+# As scripts/quickstart_rlhf.sh has it.
+EFFICIENT = {
+    "preset": "efficient", "num_noisy_latents": 8, "infer_steps": 5, "guidance_scale": 1, "beta_dpo": 200,
+    "learning_rate": 1e-4, "generation_batch_size": 96,
 }  # fmt: skip
 PAIRS = {**DRAWN, "beta_dpo": 200, "learning_rate": 1e-4}
 PATHS = {
-    "num_noisy_latents": 4, "trajectory_nums": 4, "infer_steps": 10, "generation_batch_size": 96,
-    "learning_rate": 1e-4,
+    "num_noisy_latents": 4, "trajectory_nums": 4, "infer_steps": 5, "generation_batch_size": 96, "learning_rate": 1e-4,
 }  # fmt: skip
-# Few steps, so that each carries more of the preference; by those of the others nothing moves in as many updates.
 PAIRS_OF_PATHS = {
     "num_noisy_latents": 4, "infer_steps": 5, "guidance_scale": 1, "generation_batch_size": 96, "learning_rate": 3e-4,
 }  # fmt: skip
@@ -31,25 +35,29 @@ LETTER = {
     "num_noisy_latents": 3, "trajectory_nums": 3, "infer_steps": 25, "guidance_scale": 1, "beta_dpo": 2500,
     "learning_rate": 1e-4, "generation_batch_size": 96,
 }  # fmt: skip
-ON_IMAGES, ON_SAMPLES = "SFT sharpening", "RLHF sharpening, on samples"
-THE_LETTER = "RLHF sharpening, the paper's letter"
 PLAIN = {"num_noisy_latents": 1, "trajectory_nums": 1}
 SHARPENED = {"num_noisy_latents": 3, "trajectory_nums": 3}
-FROM_UPDATES = ("lr_warmup_steps", "num_validation_images", "validation_steps")  # set by the number of updates
 WRONG_CAPTIONS = 0.4  # the share that the base model was trained on
 DATA = {"shapes": "right captions", "shapes_wrong": f"{WRONG_CAPTIONS:.0%} wrong captions"}  # folder -> what it holds
 
 
 def short(rate: float) -> str:
-    """A learning rate as part of an identifier: 0.0005 is lr0_0005."""
-    return f"lr{rate:g}".replace(".", "_")
+    """A learning rate as part of an identifier: 0.0005 is lr0_0005, and a third of 1e-4 is lr3_3e_05."""
+    return f"lr{rate:.2g}".translate(str.maketrans(".-", "__"))
 
 
 @dataclass(frozen=True)
 class Size:
     """How much of everything."""
 
-    compute: int = 120_000  # forwards of a row, for each method of table 1
+    budgets: tuple[int, ...] = (
+        40_000,
+        120_000,
+    )  # forwards of a row, of a method of table 1; tuned at the least
+    rate_factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)  # what the learning rate is multiplied by when tuning
+    tuned: int | None = None  # how many methods of table 1 are tuned; None: all
+    tuning_images: int = 200  # per setting that is tried
+    shown_images: int = 108  # per point of reward against compute
     updates: int = 150  # of SFT where updates are equal
     preference_updates: int = 100  # of RLHF where updates are equal
     images: int = 400  # per trained model
@@ -62,12 +70,12 @@ class Size:
     reference_sets: int = 10
     batch: int = 24
     validation_images: int = 36
-    rated: int | None = None  # how many methods of table 1 run at other learning rates; None: all
 
 
 QUICK = Size(
-    compute=800, updates=3, preference_updates=2, images=18, search_images=9, data=60, seeds=(0,),
-    learning_rates=(5e-4,), sweep=(1, 2), search=(2,), reference_sets=1, batch=4, validation_images=4, rated=1,
+    budgets=(1000, 2000), rate_factors=(1.0,), tuned=1, tuning_images=9, shown_images=4, updates=3, preference_updates=2,
+    images=18, search_images=9, data=60, seeds=(0,), learning_rates=(5e-4,), sweep=(1, 2), search=(2,),
+    reference_sets=1, batch=4, validation_images=4,
 )  # fmt: skip
 
 

@@ -23,9 +23,20 @@ from PIL import Image
 from sharpening.errors import UserError, exit_status, require
 from sharpening.files import write_aside
 from sharpening.flags import Flag, parse
-from tiny_world.shapes import all_captions, draw, held_out_captions, training_captions, wrong_caption
+from tiny_world.shapes import (
+    all_captions,
+    draw,
+    held_out_captions,
+    judged_captions,
+    study_captions,
+    training_captions,
+    wrong_caption,
+)
 
-CAPTION_SETS = {"training": training_captions, "all": all_captions, "held_out": held_out_captions}
+CAPTION_SETS = {
+    "training": training_captions, "all": all_captions, "held_out": held_out_captions, "judged": judged_captions,
+    "study": study_captions,
+}  # fmt: skip
 FLAGS = (
     Flag("output_dir", "new or empty folder for the images and metadata.jsonl", Path),
     Flag("pairs", "new or empty folder for compared pairs, in the columns of Pick-a-Pic", Path, metavar="FOLDER"),

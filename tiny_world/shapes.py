@@ -2,7 +2,8 @@
 
 A caption is a sentence such as "a red circle on a white background": 6 colours x 3 shapes x 3 backgrounds = 54.
 `draw` makes an image of a caption and `score` judges how well an image follows one. Nine captions are held out: they
-never occur in a fine-tuning set, so that they can judge one. Light imports only (numpy, PIL).
+never occur in a fine-tuning set, so that they can judge one. The study chooses its settings by these, so it judges by
+nine others, which it does not train on either. Light imports only (numpy, PIL).
 """
 
 import re
@@ -33,6 +34,19 @@ HELD_OUT: tuple[str, ...] = (
     "a green triangle on a white background",
     "a blue triangle on a gray background",
     "a red triangle on a black background",
+)
+
+# The same again with none of those.
+JUDGED: tuple[str, ...] = (
+    "a purple circle on a white background",
+    "a cyan circle on a gray background",
+    "a yellow circle on a black background",
+    "a red square on a white background",
+    "a blue square on a gray background",
+    "a green square on a black background",
+    "a cyan triangle on a white background",
+    "a yellow triangle on a gray background",
+    "a purple triangle on a black background",
 )
 
 _GRAMMAR = re.compile(rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) on a ({'|'.join(BACKGROUNDS)}) background")
@@ -72,6 +86,16 @@ def held_out_captions() -> list[str]:
 def training_captions() -> list[str]:
     """The 45 captions that are not held out, in a fixed order."""
     return [caption for caption in all_captions() if caption not in HELD_OUT]
+
+
+def judged_captions() -> list[str]:
+    """The 9 captions, none of them held out, that table 1 of the study judges by."""
+    return list(JUDGED)
+
+
+def study_captions() -> list[str]:
+    """The 36 captions that are neither held out nor judged by, in a fixed order: table 1 trains on these."""
+    return [caption for caption in training_captions() if caption not in JUDGED]
 
 
 def wrong_caption(caption: str, rng: np.random.Generator) -> str:
