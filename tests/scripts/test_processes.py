@@ -53,17 +53,28 @@ def method(request):
     return request.param
 
 
+EXTRAS = {
+    "separate backwards": {"gradient_accumulation_steps": 2},
+    "joint backward": {"preset": "released", "gradient_checkpointing": True},
+    "guided branches": {"branch_guidance_scale": 3},
+    "LoRA": {"use_lora": True, "gradient_checkpointing": True},
+}
+EFFICIENT = {"preset": "efficient", "num_noisy_latents": 3, "infer_steps": 3, "generation_reuse": 2}
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize(
-    "extra",
+    ("method", "extra"),
     [
-        {"gradient_accumulation_steps": 2},
-        {"preset": "released", "gradient_checkpointing": True},
-        {"branch_guidance_scale": 3},
-        {"use_lora": True, "gradient_checkpointing": True},
+        *(
+            pytest.param(method, extra, id=f"{method}-{name}")
+            for method in ("SFT", "RLHF")
+            for name, extra in EXTRAS.items()
+        ),
+        pytest.param("RLHF", EFFICIENT, id="RLHF-efficient"),
     ],
-    ids=["separate backwards", "joint backward", "guided branches", "LoRA"],
+    indirect=["method"],
 )
 def test_two_processes_equal_one_of_twice_the_batch(extra, method, train, flags, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"

@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.vae import Encoder
 from transformers import CLIPTextModel
 
 from tests.support.hooks import rows_through
-from tests.support.runs import metrics, same_files, without_speed
+from tests.support.runs import metrics, same_files, same_tensors, without_speed
 
 STATE = (
     "unet/diffusion_pytorch_model.safetensors",
@@ -48,14 +48,20 @@ def test_three_plus_three_steps_equal_six_bit_for_bit(train, flags, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["RLHF"], indirect=True)
-def test_efficient_preset_resumes_bit_for_bit_inside_a_generation(train, flags, tmp_path):
-    options = {"preset": "efficient", "infer_steps": 2, "max_train_steps": 6, "checkpointing_steps": 3}
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"use_ema": True, "gradient_accumulation_steps": 2}, {"use_lora": True}, {"mixed_precision": "bf16"}],
+    ids=["alone", "average", "LoRA", "bf16"],
+)
+def test_efficient_preset_resumes_bit_for_bit_inside_a_generation(extra, train, flags, tmp_path):
+    options = {"preset": "efficient", "infer_steps": 2, "max_train_steps": 6, "checkpointing_steps": 3, **extra}
     assert train(flags(**options, output_dir=tmp_path / "whole")) == 0
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", resumed / "checkpoint-3")
     shutil.copy(tmp_path / "whole" / "metrics.jsonl", resumed)
     assert train(flags(**options, output_dir=resumed, resume_from_checkpoint="latest")) == 0
-    assert same_files(tmp_path / "whole", resumed, ["unet/diffusion_pytorch_model.safetensors"]) == []
+    name = "pytorch_lora_weights.safetensors" if "use_lora" in extra else "unet/diffusion_pytorch_model.safetensors"
+    assert same_tensors(tmp_path / "whole" / name, resumed / name)
     whole, again = metrics(tmp_path / "whole"), metrics(resumed)
     assert list(map(without_speed, whole)) == list(map(without_speed, again))
     assert all("preference/bounded" in line for line in whole)
