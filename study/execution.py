@@ -38,14 +38,16 @@ FLAGS = (
     Flag("quick", "a few updates and images of everything: a rehearsal", bool, False),
     Flag("table_1", "table 1 alone, with its tuning and its figure", bool, False),
 )
+PROMPT_FILES = {  # set of captions -> file
+    "training": "prompts.txt", "held_out": "held_out_prompts.txt", "study": "study_prompts.txt",
+    "judged": "judged_prompts.txt",
+}  # fmt: skip
 
 
 def write_data(size: Size, output_dir: Path) -> None:
     """The prompts, and images with their captions: all right, partly wrong, and of the prompts of table 1."""
-    prompt_files = {"training": "prompts", "held_out": "held_out_prompts"}
-    prompt_files |= {"study": "study_prompts", "judged": "judged_prompts"}
-    for captions, name in prompt_files.items():
-        write_prompts(output_dir / f"{name}.txt", captions)
+    for captions, name in PROMPT_FILES.items():
+        write_prompts(output_dir / name, captions)
     folders = {
         "shapes": (),
         "shapes_wrong": ("--wrong_fraction", WRONG_CAPTIONS),

@@ -2,7 +2,9 @@
 
 import pytest
 
-from study.plan import make_plan
+from study.execution import PROMPT_FILES
+from study.methods import METHODS
+from study.plan import Planner, make_plan
 from study.settings import WRONG_CAPTIONS, Size
 from tiny_world.make_shapes_dataset import write_dataset, write_prompts
 
@@ -19,11 +21,18 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     write_dataset(folder / "shapes", num_images=9)
     write_dataset(folder / "shapes_wrong", num_images=9, wrong_fraction=WRONG_CAPTIONS)
-    write_prompts(folder / "prompts.txt", "training")
-    write_prompts(folder / "held_out_prompts.txt", "held_out")
+    write_dataset(folder / "shapes_study", num_images=9, captions="study")
+    for captions, name in PROMPT_FILES.items():
+        write_prompts(folder / name, captions)
     return folder
 
 
 @pytest.fixture(scope="module")
-def plan(folder, decode):
-    return make_plan(Size(), folder, decode)
+def planner(folder, decode):
+    return Planner(Size(), folder, decode)
+
+
+@pytest.fixture(scope="module")
+def plan(planner):
+    """The plan if nothing had been gained by tuning."""
+    return make_plan(planner, {label: method.untuned() for label, method in METHODS.items()})

@@ -1,5 +1,6 @@
 """The command of the study: what it refuses, and a rehearsal of all of it."""
 
+import csv
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from PIL import Image
 
 from sharpening.errors import UserError
 from study import execution
+from study.methods import METHODS
 from study.settings import METRICS, Size
 from tests.support.runs import ROOT
 
@@ -51,8 +53,10 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     out = tmp_path / "study"
     tables = (out / "tables.md").read_text()
     assert re.findall("^## (.*)$", tables, re.MULTILINE) == [
-        "Table 1: equal compute",
-        "Learning rates of table 1, seed 0",
+        "Table 1: 1k forwards",
+        "Table 1: 2k forwards",
+        "Forwards to a held-out reward of 0.90",
+        "What was tried at 1k forwards (9 images)",
         "SFT sharpening against standard fine-tuning",
         "SFT, branches n (m = 1)",
         "RLHF on samples, branches n (m = 1)",
@@ -65,13 +69,19 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     summary = json.loads((out / "evaluation" / "search_demon" / "summary.json").read_text())
     assert summary["models"]["demon_2"]["nfe"] == 25 + 24 * 2
     assert "base" in summary["metrics"][METRICS["likeness"]]
-    for name in ("figure4", "figure5", "figure6", "branches_and_steps"):
+    for name in ("figure4", "figure5", "figure6", "branches_and_steps", "reward_by_compute"):
         with Image.open(out / f"{name}.png") as picture:
             assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
-    (out / "runs" / "table1_rlhf_s0" / "finished.json").unlink()  # as if it had been interrupted
+    with (out / "tables" / "table_1_2k_forwards.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["base", *METHODS]
+    counted = [float(row["forwards"].rstrip("k")) for row in rows[1:]]
+    assert max(counted) > 1 and min(counted) > 0.5
+    name = next(path.name for path in (out / "runs").glob("rlhf_efficient_*_2k_s0"))
+    (out / "runs" / name / "finished.json").unlink()  # as if it had been interrupted
     markers = {path: path.stat().st_mtime_ns for path in out.glob("*/*/finished.json")}
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     again = {path.parent.name for path, then in markers.items() if path.stat().st_mtime_ns != then}
-    assert again == {"table1_s0", "search_best_of_n"}  # the evaluations of the run that was done again
+    assert again == {"table1_2k_s0", "search_best_of_n"}  # the evaluations of the run that was done again
     assert (out / "tables.md").read_text() == tables

@@ -1,6 +1,7 @@
 """The shapes world: its captions, its drawings and its reward."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from tiny_world.shapes import (
     caption_of,
     draw,
     held_out_captions,
+    judged_captions,
     parse,
     score,
+    study_captions,
     training_captions,
     wrong_caption,
 )
@@ -34,6 +37,14 @@ def test_the_grammar_has_54_captions_and_holds_9_out_evenly():
     uses = collections.Counter(name for caption in held_out for name in parse(caption))
     assert {uses[name] for name in ("circle", "square", "triangle", "white", "gray", "black")} == {3}
     assert {uses[parse(caption)[0]] for caption in everything} == {1, 2}
+
+
+def test_what_the_study_judges_by_is_as_even_as_what_is_held_out_and_apart_from_it():
+    judged = judged_captions()
+    assert len(judged) == 9 and not set(judged) & set(held_out_captions())
+    assert study_captions() == [caption for caption in training_captions() if caption not in judged]
+    pairs = [pair for caption in judged for pair in itertools.combinations(parse(caption), 2)]
+    assert len(set(pairs)) == len(pairs)  # each shape on each background, no colour twice with either
 
 
 @pytest.mark.parametrize("caption", ["", "a pink dog", "a red circle", "A red circle on a white background."])
