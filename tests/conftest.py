@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
 from tests.support import tiny_rewards
+from tests.support.browser import opened_browser
 from tests.support.runs import ROOT, SCRIPTS, launcher_words
 from tiny_world.grader_server import GraderServer
 
@@ -161,6 +162,13 @@ def server(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
     with GraderServer() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def visit():
+    """Open a file in Chromium: `visit(path, width=1280, dark=False) -> Tab`; skipped where there is no browser."""
+    with opened_browser() as visit:
+        yield visit
 
 
 @pytest.fixture
