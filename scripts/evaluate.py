@@ -9,7 +9,7 @@ adapter is applied to the base; `NAME=PATH@best_of_n:8` samples with a search fo
 `sharpening/evaluation/search.py`). Prompts are taken in turn until `--num_images` are drawn; image i of every model
 starts from the same noise. Images are kept in `--output_dir`: the same command again draws only what is missing.
 
-Writes `summary.json`, `summary.csv`, `scores.csv` (every image), `grid.png`.
+Writes `summary.json`, `summary.csv`, `scores.csv` (every image), `grid.png`, and `report.html`, which shows all of it.
 """
 
 import sys

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sharpening.evaluation import comparison, drawing, report
+from sharpening.evaluation import comparison, drawing, html_report, report
 from sharpening.evaluation.benchmark_export import check_export, export, read_geneval_metadata
 from sharpening.evaluation.flags import Model, Options
 from sharpening.evaluation.prompt_sets import load_prompt_set
@@ -53,7 +53,7 @@ def evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
         print(f"error: {error}; {remedy}", file=sys.stderr)
         return 1
     results = {spec: comparison.compare_with_first(of_models) for spec, of_models in scores.items()}
-    write(options, prompts, drawn, scores, results)
+    write(options, prompts, drawn, scores, results, short_names(rewards))
 
     print(
         f"\n{options.num_images} images of {len(distinct)} prompts, guidance {options.guidance_scale:g}, "
@@ -67,7 +67,14 @@ def evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
         commands = export(options.export, files, prompts, options.output_dir / options.export / name, metadata)
         print(f"\n# {name}\n{commands}")
     print(f"written to {options.output_dir}: summary.json, summary.csv, scores.csv, grid.png")
+    print(f"look at {options.output_dir / 'report.html'}")
     return 0
+
+
+def short_names(rewards: dict[str, Reward]) -> dict[str, str]:
+    """What to call each reward, by its spec: the name of a reward of one component, unless two would have one name."""
+    names = {spec: r.components[0].name if len(r.components) == 1 else spec for spec, r in rewards.items()}
+    return names if len(set(names.values())) == len(names) else {spec: spec for spec in rewards}
 
 
 def draw(
@@ -116,8 +123,9 @@ def write(
     drawn: dict[str, tuple[Path, drawing.Cost]],
     scores: report.Scores,
     results: report.Results,
+    labels: dict[str, str],
 ) -> None:
-    """`summary.json`, `summary.csv`, `scores.csv` and `grid.png` in `--output_dir`."""
+    """`summary.json`, `summary.csv`, `scores.csv`, `grid.png` and `report.html` in `--output_dir`."""
     models = {}
     for name, path, search in options.models:
         folder, cost = drawn[name]
@@ -127,3 +135,7 @@ def write(
     first = range(min(options.grid_images, options.num_images))
     shown = {name: drawing.read_images(folder, prompts, first) for name, (folder, _) in drawn.items()}
     report.write_grid(shown, prompts[: len(first)], options.output_dir / "grid.png")
+    images = {name: [folder / file for file in drawing.image_names(prompts)] for name, (folder, _) in drawn.items()}
+    html_report.write_html(
+        options.output_dir / "report.html", settings, models, results, scores, prompts, images, labels
+    )

@@ -1,0 +1,28 @@
+"""HTML pages of one file: a template in `templates/`, filled. Styles, scripts and data lie in the page itself."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from sharpening.files import write_aside
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Fill a template of `templates/` and write it; text in `values` is escaped. NaN cannot be in `data`."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    page = environment.get_template(template).render(values)
+    with write_aside(path) as aside:
+        aside.write_text(page, encoding="utf-8")
+
+
+def data_uri(image: bytes, kind: str = "png") -> str:
+    """An image as an address that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
