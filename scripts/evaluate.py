@@ -10,6 +10,11 @@ adapter is applied to the base; `NAME=PATH@best_of_n:8` samples with a search fo
 starts from the same noise. Images are kept in `--output_dir`: the same command again draws only what is missing.
 
 Writes `summary.json`, `summary.csv`, `scores.csv` (every image), `grid.png`, and `report.html`, which shows all of it.
+
+`--blind PAIRS` also writes `vote.html`, a page on which people vote between two unnamed models' images; what they save
+is counted by
+
+    python scripts/evaluate.py --votes FILE... --output_dir outputs/evaluation
 """
 
 import sys
@@ -17,15 +22,19 @@ from collections.abc import Sequence
 
 from reward import REWARD_FLAGS, check_reward_flags, load_reward, reward_options
 from sharpening.errors import exit_status
-from sharpening.evaluation.flags import parse_args
+from sharpening.evaluation.flags import asks_for_a_count, parse_args, parse_votes
 
 
 def main(argv: Sequence[str]) -> int:
-    """Evaluate; returns the exit status.
+    """Evaluate, or count votes; returns the exit status.
 
     Raises:
         UserError: naming the flag and the remedy.
     """
+    if asks_for_a_count(argv):
+        from sharpening.evaluation.votes import count  # imports pillow, which --help need not wait for
+
+        return count(*parse_votes(argv))
     options = parse_args(argv, REWARD_FLAGS, check_reward_flags, reward_options)
     from sharpening.evaluation.command import evaluate  # imports torch, which a mistyped flag need not wait for
 

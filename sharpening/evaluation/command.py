@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sharpening.evaluation import comparison, drawing, html_report, report
+from sharpening.evaluation import blind_study, comparison, drawing, html_report, report
 from sharpening.evaluation.benchmark_export import check_export, export, read_geneval_metadata
 from sharpening.evaluation.flags import Model, Options
 from sharpening.evaluation.prompt_sets import load_prompt_set
@@ -53,7 +53,8 @@ def evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
         print(f"error: {error}; {remedy}", file=sys.stderr)
         return 1
     results = {spec: comparison.compare_with_first(of_models) for spec, of_models in scores.items()}
-    write(options, prompts, drawn, scores, results, short_names(rewards))
+    images = {name: [folder / file for file in drawing.image_names(prompts)] for name, (folder, _) in drawn.items()}
+    write(options, prompts, drawn, scores, results, short_names(rewards), images)
 
     print(
         f"\n{options.num_images} images of {len(distinct)} prompts, guidance {options.guidance_scale:g}, "
@@ -62,12 +63,17 @@ def evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
     print(report.table(results, options.reward_model))
     for name, (_, cost) in drawn.items():
         print(f"{name}: {cost.nfe:g} NFE and {cost.seconds:.3g} s per image")
-    for name, (folder, _) in drawn.items() if options.export else []:
-        files = [folder / file for file in drawing.image_names(prompts)]
+    for name, files in images.items() if options.export else []:
         commands = export(options.export, files, prompts, options.output_dir / options.export / name, metadata)
         print(f"\n# {name}\n{commands}")
     print(f"written to {options.output_dir}: summary.json, summary.csv, scores.csv, grid.png")
     print(f"look at {options.output_dir / 'report.html'}")
+    if options.blind:
+        key = blind_study.write_study(options.output_dir, prompts, images, options.blind, options.seed)
+        print(
+            f"give voters {options.output_dir / blind_study.PAGE} and keep {key.name} from them; count what they save:"
+        )
+        print(f"python scripts/evaluate.py --votes FILE... --output_dir {options.output_dir}")
     return 0
 
 
@@ -124,6 +130,7 @@ def write(
     scores: report.Scores,
     results: report.Results,
     labels: dict[str, str],
+    images: dict[str, list[Path]],
 ) -> None:
     """`summary.json`, `summary.csv`, `scores.csv`, `grid.png` and `report.html` in `--output_dir`."""
     models = {}
@@ -135,7 +142,6 @@ def write(
     first = range(min(options.grid_images, options.num_images))
     shown = {name: drawing.read_images(folder, prompts, first) for name, (folder, _) in drawn.items()}
     report.write_grid(shown, prompts[: len(first)], options.output_dir / "grid.png")
-    images = {name: [folder / file for file in drawing.image_names(prompts)] for name, (folder, _) in drawn.items()}
     html_report.write_html(
         options.output_dir / "report.html", settings, models, results, scores, prompts, images, labels
     )

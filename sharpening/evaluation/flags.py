@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,23 @@ FLAGS = (
     Flag("seed", "first seed, apart from those of training", int, 1_000_000),
     Flag("cache_dir", "where models and grades are cached"),
 )
+STUDY_FLAGS = (
+    Flag(
+        "blind",
+        "also write vote.html, a user study of this many pairs of images, models unnamed; voters must not see "
+        "vote_key-STUDY.json, which names them",
+        int,
+        range="[1, inf)",
+        metavar="PAIRS",
+    ),
+    Flag(
+        "votes",
+        "count the votes that vote.html saved, and nothing else; the study's key lies in --output_dir or beside them",
+        Path,
+        nargs="+",
+        metavar="FILE",
+    ),
+)
 
 
 class Model(NamedTuple):
@@ -66,6 +83,7 @@ class Options:
     export: str | None
     grid_images: int
     seed: int
+    blind: int | None
     cache_dir: str | None
     reward_model: str
     reward_options: dict[str, Any]  # keywords of `load_reward`
@@ -88,13 +106,15 @@ def parse_args(
         UserError: naming the flag and the remedy.
     """
     description = "Is the trained model better, by how much, at what cost, and was the reward gamed?"
-    values = vars(parse(description, {"evaluation": FLAGS, "reward": reward_flags}, argv))
+    values = vars(parse(description, {"evaluation": FLAGS, "user study": STUDY_FLAGS, "reward": reward_flags}, argv))
     values["models"] = [parse_model(entry) for entry in values["models"]]
     values["metrics"] = values["metrics"] or []
     for spec in (values["reward_model"], *values["metrics"]):
         check_reward_flags({**values, "reward_model": spec})
     own = {flag.name: values[flag.name] for flag in FLAGS}
-    options = Options(**own, reward_model=values["reward_model"], reward_options=reward_options(values))
+    options = Options(
+        **own, blind=values["blind"], reward_model=values["reward_model"], reward_options=reward_options(values)
+    )
     require(
         options.resolution is None or options.resolution % 8 == 0,
         f"--resolution is {options.resolution}, but SDXL needs a positive multiple of 8",
@@ -106,7 +126,34 @@ def parse_args(
         not (Path(base) / LORA_FILE).is_file(),
         f"--models: the base {base} is a LoRA adapter; name the pipeline that it was trained on first",
     )
+    if options.blind is not None:
+        require(len(names) > 1, "--blind needs two models to compare; name another one in --models")
+        most = options.num_images * (len(names) * (len(names) - 1) // 2)
+        require(
+            options.blind <= most,
+            f"--blind is {options.blind}, but {options.num_images} images of {len(names)} models make {most} pairs; "
+            "ask for fewer or raise --num_images",
+        )
     return options
+
+
+def asks_for_a_count(argv: Sequence[str]) -> bool:
+    """Whether a command line is there to count votes."""
+    return any(word.partition("=")[0] == "--votes" for word in argv)
+
+
+def parse_votes(argv: Sequence[str]) -> tuple[list[Path], Path | None]:
+    """The files of `--votes`, and `--output_dir` if it is given.
+
+    Raises:
+        UserError: another flag is given.
+    """
+    folder = next(flag for flag in FLAGS if flag.name == "output_dir")
+    flags = [replace(folder, required=False), *(flag for flag in STUDY_FLAGS if flag.name == "votes")]
+    other = {word.partition("=")[0] for word in argv if word.startswith("--")} - {"--votes", "--output_dir", "--help"}
+    require(not other, f"--votes counts votes and nothing else; leave out {', '.join(sorted(other))}")
+    values = parse("Count the votes of a user study.", {"user study": flags}, argv)
+    return values.votes, values.output_dir
 
 
 def parse_model(entry: str) -> Model:

@@ -14,10 +14,9 @@ from urllib.parse import quote
 import numpy as np
 
 from sharpening.evaluation.comparison import Comparison
-from sharpening.evaluation.pages import data_uri, write_page
+from sharpening.evaluation.pages import EMBED_LIMIT, data_uri, write_page
 from sharpening.evaluation.report import Results, Scores
 
-EMBED_LIMIT = 16 * 2**20  # bytes of all images together
 Z = 1.96  # standard errors to each side of a 95% interval
 
 

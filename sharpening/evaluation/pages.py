@@ -7,6 +7,7 @@ from typing import Any
 from sharpening.files import write_aside
 
 TEMPLATES = Path(__file__).parent / "templates"
+EMBED_LIMIT = 16 * 2**20  # bytes of all images together that a page holds as they are
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:

@@ -32,14 +32,7 @@ def table(results: Results, trained_on: str) -> str:
                 cells += [f"{c.win_rate:.3f} [{c.win_low:.3f}, {c.win_high:.3f}]"]
             lines.append([*cells, *[""] * (len(header) - len(cells))])
             label = ""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    text = aligned(lines, left=2)
     rule = "-" * max(map(len, text))
     body = []
     for line in text[1:]:
@@ -47,6 +40,18 @@ def table(results: Results, trained_on: str) -> str:
             body.append(rule)
         body.append(line)
     return "\n".join([text[0], *body])
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of cells as text in columns; the first `left` columns begin, the others end, under each other."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def write_files(
