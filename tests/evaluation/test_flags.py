@@ -29,6 +29,12 @@ BAD = {
     "unknown reward": (["--models", "a={0}", "--reward_model=nothing"], "--reward_model"),
     "unknown metric": (["--models", "a={0}", "--metrics", "nothing"], "nothing"),
     "missing prompts": (["--models", "a={0}", "--prompts=missing.txt"], "--prompts missing.txt"),
+    "a study of one model": (["--models", "a={0}", "--blind=3"], "--blind needs two models"),
+    "more pairs than images": (
+        ["--models", "a={0}", "b={1}", "--num_images=3", "--blind=4"],
+        "--blind is 4, but 3 images of 2 models make 3 pairs",
+    ),
+    "votes beside a model": (["--models", "a={0}", "--votes", "v.json"], "leave out --models, --prompts, --reward_mo"),
     "unknown flag": (["--models", "a={0}", "--seeds=1"], "--seeds"),
 }
 
@@ -49,6 +55,16 @@ def test_script_runs_as_a_plain_file_from_anywhere(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "error: --models base must be NAME=PATH\n"
+
+
+def test_help_and_refusals_wait_for_no_library():
+    late = ("torch", "diffusers", "jinja2", "pandas", "matplotlib")
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({late})); sys.argv = ['evaluate.py', *sys.argv[1:]]"
+    code += f"; runpy.run_path({str(ROOT / 'scripts' / 'evaluate.py')!r}, run_name='__main__')"
+    said = {"--help": "--blind PAIRS", "--votes=missing.json": "--votes missing.json is no file of votes"}
+    for flag, words in said.items():
+        result = subprocess.run([sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True)
+        assert words in result.stdout + result.stderr and result.returncode == (0 if flag == "--help" else 2)
 
 
 def test_adapter_cannot_be_the_base(folder, tmp_path):
