@@ -96,7 +96,7 @@ def preferences(key: Mapping[str, Any], ballots: Sequence[Ballot]) -> list[Prefe
     The interval is Wilson's of the rate, with ties counted a half, which makes it a little too wide. It takes votes
     for independent: two voters on the same pairs say less than twice as many pairs.
     """
-    counted: Counter[tuple[str, str]] = Counter()  # (who won, who lost); ties count for both ways
+    counted: Counter[tuple[str, str]] = Counter()  # (who won, who lost)
     ties: Counter[frozenset[str]] = Counter()
     for ballot in ballots:
         for pair, choice in zip(key["pairs"], ballot.votes, strict=False):
