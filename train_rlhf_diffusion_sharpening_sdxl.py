@@ -318,10 +318,10 @@ def main(args: argparse.Namespace) -> int:
             path = path.rows(rows)
         else:
             walking = sdxl.Denoiser(unet, of_pairs, unconditional, guidance)
-            with accelerator.autocast():
+            with run.phase("score"), accelerator.autocast():
                 path = walk_path(walking.rows, schedule, pairs, m, args.score_batch_size, outputs=not at_once)
         measured = path if args.reference_steps == "all" else path.first(1)
-        with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
+        with torch.no_grad(), run.phase("reference"), reference.unet() as frozen, accelerator.autocast():
             reference_output = sdxl.predict_along(frozen, measured, of_pairs, args.train_rows)
         reference_errors = regression.errors(pairs, measured, reference_output)  # (2 P, m)
         unet.train()
@@ -375,7 +375,7 @@ def main(args: argparse.Namespace) -> int:
         if use == reuse - 1:
             generation.made.clear()  # they have served; a checkpoint need not hold them
         metrics |= run.speed("generation")
-        run.log_branches(step, scores.last_estimate, best=rows[::2], worst=rows[1::2])
+        run.log_branches(step, prompts, scores.last_estimate, scores, t, best=rows[::2], worst=rows[1::2])
         run.end_step(step, metrics, unet, ema)
 
     # ---------------------------------------------------------------------------------------------------- SAVE

@@ -161,7 +161,7 @@ def main(args: argparse.Namespace) -> int:
         best, usable = torch.arange(prompts_per_step), torch.ones(prompts_per_step, dtype=torch.bool)  # (P,) rows
         # One autocast around a whole pass: it converts the weights once, and forgets them before a gradient is taken.
         if n == 1:
-            with accelerator.autocast():
+            with run.phase("score"), accelerator.autocast():
                 path = walk_path(walking.rows, schedule, branches, m, args.score_batch_size, outputs=False)
         else:
             with run.together(step), accelerator.autocast():
@@ -213,7 +213,8 @@ def main(args: argparse.Namespace) -> int:
         optimizer.zero_grad(set_to_none=run.forgets_gradients)
         metrics |= run.speed()
         if n > 1:
-            run.log_branches(step, scores.last_estimate, best=best, worst=selection.worst_rows)
+            worst = selection.worst_rows
+            run.log_branches(step, prompts, scores.last_estimate, scores, noising.t, best=best, worst=worst)
         run.end_step(step, metrics, unet, ema)
 
     # ---------------------------------------------------------------------------------------------------- SAVE

@@ -208,7 +208,7 @@ def main(args: argparse.Namespace) -> int:
                 ema.step(parameters)
         optimizer.zero_grad(set_to_none=run.forgets_gradients)
         metrics |= run.speed("generation")
-        run.log_branches(step, x_0, best=selection.best_rows, worst=selection.worst_rows)
+        run.log_branches(step, prompts, x_0, scores, best=selection.best_rows, worst=selection.worst_rows)
         run.end_step(step, metrics, unet, ema)
 
     # ---------------------------------------------------------------------------------------------------- SAVE

@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> int:
         rewards = selection.branch_reward.flatten()[rows].view(-1, 2).repeat_interleave(trained_steps, 0)
         counts = upload(decided, device)
         parts = of_pairs.split(args.train_rows // (2 * guided_rows(args)) * 2)  # a loss of whole pairs
-        with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
+        with torch.no_grad(), run.phase("reference"), reference.unet() as frozen, accelerator.autocast():
             reference_outputs = [sdxl.predict_guided(frozen, *part[:3], *guidance) for part in parts]
         first = 0
         for part, reference_output in zip(parts, reference_outputs, strict=True):
@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> int:
                 ema.step(parameters)
         optimizer.zero_grad(set_to_none=run.forgets_gradients)
         metrics |= run.speed("generation")
-        run.log_branches(step, x_0, best=selection.best_rows, worst=selection.worst_rows)
+        run.log_branches(step, prompts, x_0, scores, best=selection.best_rows, worst=selection.worst_rows)
         run.end_step(step, metrics, unet, ema)
 
     # ---------------------------------------------------------------------------------------------------- SAVE

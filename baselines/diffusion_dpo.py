@@ -206,7 +206,7 @@ def main(args: argparse.Namespace) -> int:
         # ----------------------------------------------------------------------------------------------- TRAIN
         unet.train()
         path, rewards = pairs.start(), selection.branch_reward.flatten()[rows].view(-1, 2)
-        with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
+        with torch.no_grad(), run.phase("reference"), reference.unet() as frozen, accelerator.autocast():
             reference_output = sdxl.predict_along(frozen, path, condition, args.train_rows)  # (2 P, 1, 4, h, w)
         reference_errors = regression.errors(pairs, path, reference_output)  # (2 P, 1)
         counts = upload(decided, device)
@@ -233,7 +233,7 @@ def main(args: argparse.Namespace) -> int:
                 ema.step(parameters)
         optimizer.zero_grad(set_to_none=run.forgets_gradients)
         metrics |= run.speed("generation")
-        run.log_branches(step, x_0, best=rows[::2], worst=rows[1::2])
+        run.log_branches(step, prompts, x_0, scores, best=rows[::2], worst=rows[1::2])
         run.end_step(step, metrics, unet, ema)
 
     # ---------------------------------------------------------------------------------------------------- SAVE

@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> int:
         # ----------------------------------------------------------------------------------------------- TRAIN
         unet.train()
         path = noised.start()
-        with torch.no_grad(), reference.unet() as frozen, accelerator.autocast():
+        with torch.no_grad(), run.phase("reference"), reference.unet() as frozen, accelerator.autocast():
             reference_output = sdxl.predict_along(frozen, path, condition, args.train_rows)  # (2 P, 1, 4, h, w)
         reference_errors = regression.errors(noised, path, reference_output)  # (2 P, 1)
         parts = list(slices(len(t), args.train_rows // 2 * 2))  # a loss of whole pairs
@@ -185,7 +185,8 @@ def main(args: argparse.Namespace) -> int:
                 ema.step(parameters)
         optimizer.zero_grad(set_to_none=run.forgets_gradients)
         metrics |= run.speed()
-        run.log_branches(step, x_0, best=torch.arange(0, len(x_0), 2), worst=torch.arange(1, len(x_0), 2))
+        best, worst = torch.arange(len(x_0)).view(-1, 2).T
+        run.log_branches(step, batch["caption"], x_0, best=best, worst=worst)
         run.end_step(step, metrics, unet, ema)
 
     # ---------------------------------------------------------------------------------------------------- SAVE

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpening.draws import draw_noise
+from sharpening.progress import progress
 from sharpening.sdxl import Denoiser
 from sharpening.selection import Judge, ModelOf, Scores, Verdict, begin_samples
 from sharpening.trajectory import Schedule, generate
@@ -27,7 +28,8 @@ def generate_in_slices(
     that, the first is generated again for the rest, and thrown away."""
     parts = [*slices(len(noise), batch_size)]
     again = parts[:1] * (count - len(parts))
-    made = [generate(model_of(rows), schedule, noise[rows]) for rows in parts + again]
+    bar = progress(parts + again, desc="generating", unit="slice", leave=False, delay=2)
+    made = [generate(model_of(rows), schedule, noise[rows]) for rows in bar]
     return torch.cat(made[: len(parts)])
 
 

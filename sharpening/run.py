@@ -8,9 +8,9 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import diffusers
@@ -34,12 +34,15 @@ from sharpening.draws import Draws, DrawSampler, timestep_probabilities
 from sharpening.errors import Stop, require
 from sharpening.rewards.calling import Reward, RewardError
 from sharpening.running import checkpoints, launching, optimization, publishing, tracking
+from sharpening.running.cost import Cost
 from sharpening.running.models import Models
+from sharpening.running.pictures import Pictures
 from sharpening.running.plan import Plan
 from sharpening.running.signals import StopSignal
 from sharpening.running.validation import Drawing, Validation, averaged_weights, read_validation_prompts
 from sharpening.running.watch import Watch
 from sharpening.running.writing import WriteError, attempt
+from sharpening.selection import Scores
 
 logger = get_logger(__name__)
 
@@ -64,7 +67,7 @@ class Run:
         """
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.disable_progress_bar()  # the run has its own
-        self.plan, self.args, self.output_dir, self.models = plan, plan.args, plan.output_dir, Models(plan)
+        self.plan, self.args, self.output_dir = plan, plan.args, plan.output_dir
         self.accelerator, self.device, self.is_main = plan.accelerator, plan.device, plan.is_main
         args = self.args
         self._checkpoint = checkpoints.prepare_output(self.accelerator, self.output_dir, args.resume_from_checkpoint)
@@ -97,6 +100,8 @@ class Run:
         args.seed = int(broadcast(torch.tensor([args.seed], device=self.device)))
         set_seed(args.seed)
         self.start_step, self.run_id = state.get("step", 0), state.get("run_id", secrets.token_hex(4))
+        self._cost = Cost(state.get("cost", {}))
+        self.models = Models(plan, self._cost.watch)
         logger.info(f"seed {args.seed}, starting after step {self.start_step}")
 
     # ------------------------------------------------------------------------------------------------- opening
@@ -175,6 +180,7 @@ class Run:
         )  # fmt: skip
         self._validation = Validation(self.validation_prompts, drawing, encoders, unconditional, self.same_forwards)
         self._vae, self._reward = vae, reward
+        self._cost.reward = reward
 
     @cached_property
     def validation_prompts(self) -> list[str]:
@@ -229,7 +235,7 @@ class Run:
         self._stop = StopSignal()
         self._log = tracking.StepLog(
             self.accelerator, self.output_dir / "metrics.jsonl", Watch(self._rows, parameters), parameters,
-            self.start_step, self.plan.num_steps,
+            self.start_step, self.plan.num_steps, args.branch_image_steps,
         )  # fmt: skip
         self._finished, self._last_metrics = self.start_step, {}
         here = self.output_dir / f"checkpoint-{self.start_step}"
@@ -331,13 +337,16 @@ class Run:
         shares = {f"{name}_time_share": self.phase_seconds.get(name, 0.0) / seconds for name in phases}
         return {"samples_per_second": self._rows / seconds, **shares}
 
-    def log_branches(self, step: int, latents: Tensor, **rows: Tensor) -> None:
-        """Log the images of some rows of latents (R, 4, h, w), such as the best branches, if it is time."""
+    def log_branches(
+        self, step: int, prompts: Sequence[str], latents: Tensor, scores: Scores | None = None,
+        t: Tensor | None = None, **rows: Tensor,
+    ) -> None:  # fmt: skip
+        """Log the images of some rows of latents (R, 4, h, w), such as the best branches, if it is time, each with its
+        prompt, one of P, with what R scores say of it, and with the first timestep of its branch, t (P,)."""
         if self.is_main and step % self.args.branch_image_steps == 0:
-            shown = {f"branches/{name}": latents[which] for name, which in rows.items()}
-            size = self.args.decode_batch_size
-            images = {name: sdxl.decode_latents(self._vae, x, size) for name, x in shown.items()}
-            self._log.write_images(step, images)
+            decode = partial(sdxl.decode_latents, self._vae, batch_size=self.args.decode_batch_size)
+            of = partial(Pictures.branches, decode, latents, prompts=prompts, scores=scores, t=t)
+            self._log.write_images(step, {f"branches/{name}": of(rows=which) for name, which in rows.items()})
 
     def end_step(self, step: int, metrics: dict[str, float], unet: UNet2DConditionModel, ema: EMAModel | None) -> None:
         """Validate if it is time, log, save if it is time, and end the run if a signal asks for it.
@@ -349,7 +358,12 @@ class Run:
         if (scaler := self.accelerator.scaler) is not None:
             skipped = float(self.accelerator.optimizer_step_was_skipped)
             metrics |= {"scaler/scale": scaler.get_scale(), "scaler/skipped": skipped}
-        failure = self._validate(step, metrics, unet, ema) if self._validation_is_due(step) else ""
+        failure = ""
+        if self._validation_is_due(step):
+            with self.phase("validation"), self._cost.left_out():
+                failure = self._validate(step, metrics, unet, ema)
+        seconds = time.perf_counter() - self._started
+        metrics |= self._cost.end_step(seconds, self.phase_seconds, self.plan.hosts)
         self._log.write(step, metrics)
         self._last_metrics = metrics
         self.stop_if(failure or self._log.failure)
@@ -371,10 +385,11 @@ class Run:
         # Nothing is gathered unless every rank has its share.
         if self.any_rank(bool(failure)):
             return failure
-        images, validated = self._validation.gather(self.accelerator, drawn)
-        metrics.update(validated)
+        images, scores = self._validation.gather(self.accelerator, drawn)
+        metrics.update(self._validation.metrics(scores))
         if self.is_main:
-            self._log.write_images(step, {"validation/images": images})
+            shown = Pictures.judged(images, self._validation.prompts, scores)
+            self._log.write_images(step, {"validation/images": shown})
         return failure
 
     def _validation_is_due(self, step: int) -> bool:
@@ -388,9 +403,8 @@ class Run:
         Raises:
             Stop: with status 1.
         """
-        public = flags.public(self.args, self.plan.groups)
-        processes = self.plan.world_size
-        state = {"run_id": self.run_id, "method": self.plan.method.name, "world_size": processes, "args": public}
+        state = {"run_id": self.run_id, "method": self.plan.method.name, "world_size": self.plan.world_size}
+        state |= {"args": flags.public(self.args, self.plan.groups), "cost": self._cost.total}
         keep = self.args.checkpoints_total_limit
         try:
             checkpoints.save_checkpoint(self.accelerator, self.output_dir, step, state, keep, self.plan.hosts)

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 
 import datasets
-from tqdm.auto import tqdm
 
 from sharpening.data.captioned_images import read_captions
+from sharpening.progress import progress
 
 
 def models(key: Mapping[str, str], but: str) -> dict[str, str]:
@@ -26,11 +26,11 @@ def file_stamps(dataset: datasets.Dataset, image_column: str) -> str:
     for file in sorted(entry["filename"] for entry in dataset.cache_files):
         digest.update(_stamp(file).encode())
     paths = dataset.select_columns([image_column]).flatten().select_columns([f"{image_column}.path"])
-    with tqdm(total=len(dataset), desc="checking image files", unit="row", delay=1) as progress:
+    with progress(total=len(dataset), desc="checking image files", unit="row", delay=1) as bar:
         for table in paths.with_format("arrow").iter(batch_size=1000):
             for path in table.column(0).to_pylist():
                 digest.update(_stamp(path or "").encode())
-            progress.update(len(table))
+            bar.update(len(table))
     return digest.hexdigest()
 
 
@@ -45,6 +45,7 @@ def _stamp(path: str) -> str:
 def caption_digest(dataset: datasets.Dataset, caption_column: str) -> str:
     """A digest of every row's captions, in order."""
     digest = hashlib.sha256()
-    for captions in read_captions(dataset, caption_column, "hashing captions"):
+    bar = progress(total=len(dataset), desc="hashing captions", unit="row", delay=1)
+    for captions in read_captions(dataset, caption_column, bar):
         digest.update(json.dumps(captions).encode() + b"\n")
     return digest.hexdigest()

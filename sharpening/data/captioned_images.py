@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from sharpening.data.dataset_loading import load_train_split, with_columns
 from sharpening.errors import UserError, shortened
+from sharpening.progress import progress
 
 
 def load_captioned_images(
@@ -44,7 +45,8 @@ def load_captioned_images(
     if max_train_samples is not None and max_train_samples < len(dataset):
         # In memory: an indices file written beside the data would look like changed data to the next run.
         dataset = dataset.shuffle(seed=seed, keep_in_memory=True).select(range(max_train_samples))
-    for _ in read_captions(dataset, caption_column, "checking captions"):
+    bar = progress(total=len(dataset), desc="checking captions", unit="row", delay=1)
+    for _ in read_captions(dataset, caption_column, bar):
         pass
     return dataset
 
@@ -62,10 +64,10 @@ def undecoded(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:
     return dataset.cast_column(image_column, datasets.Image(decode=False))
 
 
-def read_captions(dataset: datasets.Dataset, caption_column: str, description: str) -> Iterator[list[str]]:
-    """Every row's captions, reading nothing but their column, a thousand rows at a time."""
+def read_captions(dataset: datasets.Dataset, caption_column: str, bar: tqdm) -> Iterator[list[str]]:
+    """Every row's captions, reading nothing but their column, a thousand rows at a time; `bar` counts rows."""
     column = dataset.select_columns([caption_column]).with_format("arrow")
-    with tqdm(total=len(dataset), desc=description, unit="row", delay=1) as progress:
+    with bar:
         row = 0
         for table in column.iter(batch_size=1000):
             for value in table.column(0).to_pylist():
@@ -77,7 +79,7 @@ def read_captions(dataset: datasets.Dataset, caption_column: str, description: s
                     )
                 yield captions
                 row += 1
-            progress.update(len(table))
+            bar.update(len(table))
 
 
 def row_name(dataset: datasets.Dataset, row: int) -> str:

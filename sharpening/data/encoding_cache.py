@@ -200,7 +200,9 @@ def _write_embeddings(
         ArrowFile(folder / "captions.arrow", schema, 64) as captions_file,
         ArrowFile(folder / "rows.arrow", {"captions": pa.list_(pa.int32())}, 4096) as rows_file,
     ):
-        for captions in read_captions(dataset, caption_column, "encoding captions"):
+        # Shown wherever it runs: one process encodes, and the others wait for it.
+        bar = tqdm(total=len(dataset), desc="encoding captions", unit="row", delay=1)
+        for captions in read_captions(dataset, caption_column, bar):
             digests = [hashlib.blake2b(caption.encode(), digest_size=16).digest() for caption in captions]
             for caption, digest in zip(captions, digests, strict=True):
                 if digest in numbers:

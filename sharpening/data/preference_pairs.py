@@ -11,6 +11,7 @@ from sharpening.data.captioned_images import read_captions, row_name, undecoded
 from sharpening.data.dataset_loading import load_train_split, with_columns
 from sharpening.data.encoding_cache import CachedData
 from sharpening.errors import UserError, shortened
+from sharpening.progress import progress
 
 IMAGES = ("jpg_0", "jpg_1")
 LABEL = "label_0"  # 1: the first image is preferred, 0: the second; anything between is a tie
@@ -68,7 +69,8 @@ def load_preference_pairs(
         chosen = torch.randperm(len(decided), generator=torch.Generator().manual_seed(seed))[:max_train_samples]
         dataset, labels = dataset.select(chosen.tolist()), [labels[row] for row in chosen.tolist()]
         described = f"{max_train_samples} of {described}"
-    for _ in read_captions(dataset, caption_column, "checking captions"):
+    bar = progress(total=len(dataset), desc="checking captions", unit="row", delay=1)
+    for _ in read_captions(dataset, caption_column, bar):
         pass
     return PreferencePairs(dataset, [label == 1 for label in labels], described)
 

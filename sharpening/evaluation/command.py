@@ -14,6 +14,7 @@ from sharpening.evaluation import blind_study, comparison, drawing, html_report,
 from sharpening.evaluation.benchmark_export import check_export, export, read_geneval_metadata
 from sharpening.evaluation.flags import Model, Options
 from sharpening.evaluation.prompt_sets import load_prompt_set
+from sharpening.progress import progress
 from sharpening.rewards.calling import Reward, RewardError
 
 SETTINGS = (  # written into `summary.json`
@@ -118,7 +119,8 @@ def score(reward: Reward, folder: Path, prompts: list[str]) -> np.ndarray:
     """Rewards (N,) float64 of the images in a folder, 64 at a time; NaN where an image has none."""
     parts = [range(start, min(start + 64, len(prompts))) for start in range(0, len(prompts), 64)]
     scores = [
-        reward.get_reward(drawing.read_images(folder, prompts, rows), [prompts[row] for row in rows]) for rows in parts
+        reward.get_reward(drawing.read_images(folder, prompts, rows), [prompts[row] for row in rows])
+        for rows in progress(parts, desc=f"scoring {folder.name}", unit="batch", delay=1)
     ]
     return torch.cat(scores).double().numpy()
 

@@ -68,6 +68,11 @@ class Reward:
     Results are float32 on the CPU, `(B,)`, higher is better; no gradient flows. They are finite, except that with
     `failure="skip"` an image that a component could not score is NaN, in that component and in the sum.
 
+    Attributes:
+        components: what is summed.
+        failure: what becomes of an image that could not be scored.
+        judged: images that were given to it so far.
+
     Raises (each method):
         RewardError: if a component raises, or returns anything but B finite numbers (`failure="raise"`).
         ValueError: if images or prompts are not of the forms above.
@@ -78,6 +83,7 @@ class Reward:
     ) -> None:
         self.components = components
         self.failure = failure
+        self.judged = 0
         self._scorers = scorers
 
     def get_reward(self, images: Images, prompts: str | list[str]) -> Tensor:
@@ -96,6 +102,7 @@ class Reward:
         """Begin to `score`; what is returned waits for the result. Meanwhile a component's server can work."""
         if isinstance(prompts, str):
             prompts = [prompts]
+        self.judged += len(prompts)
         called: list[tuple[list[int], Component]] = []
         waits: list[Callable[[], Verdict]] = []  # for their scores
         whole: list[tuple[list[int], Tensor]] = []  # whether all pixels of an image are finite

@@ -146,10 +146,11 @@ def score(reward: Reward, pairs: Sequence[tuple[Path, str]], batch_size: int) ->
     import pandas as pd
     from PIL import Image
 
+    from sharpening.progress import progress
     from sharpening.rewards.calling import RewardError
 
     parts = []
-    for start in range(0, len(pairs), batch_size):
+    for start in progress(range(0, len(pairs), batch_size), desc="scoring", unit="batch", delay=1):
         batch = pairs[start : start + batch_size]
         images = []
         for path, _ in batch:

@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from textwrap import TextWrapper
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -17,6 +19,7 @@ from accelerate.utils import (
     KwargsHandler,
     ProjectConfiguration,
 )
+from huggingface_hub.utils import disable_progress_bars
 
 from sharpening.errors import UserError
 from sharpening.model_source import LORA_LAYERS, Source
@@ -111,6 +114,9 @@ def set_up_logging(is_main: bool) -> None:
     """The main process says what this project has to say and what libraries warn of, the others only errors."""
     logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(message)s")
     logging.getLogger("sharpening").setLevel(logging.INFO if is_main else logging.ERROR)
+    if not is_main:
+        datasets.disable_progress_bars()
+        disable_progress_bars()
     # It warns at import of a missing kernel for 4-bit layers, which nothing here has.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -149,8 +155,9 @@ def memory_held(
 
 
 def as_plan(lines: Mapping[str, str]) -> str:
-    """The resolved run as text, a line for each entry."""
-    return "\n".join(f"{name:>18}  {value}" for name, value in lines.items())
+    """The resolved run as text, a line for each entry, those too long for a screen of 100 columns broken."""
+    wrap = TextWrapper(100, subsequent_indent=" " * 20, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap.fill(f"{name:>18}  {value}") for name, value in lines.items())
 
 
 def count_unet_parameters(source: Source, lora_rank: int | None = None) -> tuple[int, int]:

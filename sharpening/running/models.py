@@ -1,5 +1,6 @@
 """The models of a run, as its flags name them, loaded where they run."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +18,9 @@ ATTENTION = ("enable_xformers_memory_efficient_attention", "enable_npu_flash_att
 class Models:
     """What a run loads. Every process loads every model."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.args, self.device = plan, plan.args, plan.device
+    def __init__(self, plan: Plan, watch: Callable[[UNet2DConditionModel], None]) -> None:
+        """`watch` is shown each UNet once."""
+        self.plan, self.args, self.device, self._watch = plan, plan.args, plan.device, watch
 
     @cached_property
     def _vae_source(self) -> tuple[Source, str | None]:
@@ -61,6 +63,7 @@ class Models:
         """With the attention that the flags name and, with `--fsdp`, in parts on all processes."""
         attention = [name for name in ATTENTION if getattr(self.args, name)]
         sdxl.switch_attention(unet, attention, self.device, self.plan.weight_dtype)
+        self._watch(unet)
         return sharding.shard(unet, self.device, self.plan.weight_dtype) if self.args.fsdp else unet
 
     def text_encoders(self) -> tuple[sdxl.TextEncoders, sdxl.Unconditional]:

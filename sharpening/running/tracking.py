@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
-from tqdm.auto import tqdm
 
 from sharpening.errors import NO_ROOM, UserError
 from sharpening.files import write_aside
+from sharpening.progress import progress
+from sharpening.running.metric_names import GROUPS, grouped
+from sharpening.running.pictures import BranchTable, Pictures, log_pictures
 from sharpening.running.watch import Watch
 from sharpening.running.writing import attempt
 
@@ -40,6 +39,17 @@ def start_trackers(accelerator: Accelerator, config: Mapping[str, Any], run_id: 
         raise UserError(
             f"--report_to {report_to}: the tracker did not start ({type(error).__name__}: {error}); {remedy}"
         ) from error
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb" and accelerator.is_main_process:
+            _define_axes(tracker.tracker)
+
+
+def _define_axes(run: Any) -> None:
+    """Make optimizer steps the x-axis of every group of a W&B run; forwards and seconds can be chosen instead."""
+    for axis in ("cost/steps", "cost/forwards", "cost/seconds"):
+        run.define_metric(axis)
+    for group in GROUPS:
+        run.define_metric(f"{group}/*", step_metric="cost/steps")
 
 
 class StepLog:
@@ -50,11 +60,13 @@ class StepLog:
     """
 
     def __init__(
-        self, accelerator: Accelerator, path: Path, watch: Watch, parameters: Sequence[Tensor], start: int, end: int
-    ):
+        self, accelerator: Accelerator, path: Path, watch: Watch, parameters: Sequence[Tensor], start: int, end: int,
+        branch_image_steps: int,
+    ):  # fmt: skip
         self.accelerator, self.path, self.watch, self.parameters = accelerator, path, watch, parameters
         self.is_main = accelerator.is_main_process
-        self.progress = tqdm(total=end, initial=start, desc="steps", disable=not self.is_main)
+        self.table = BranchTable(accelerator, end, branch_image_steps)
+        self.progress = progress(total=end, initial=start, desc="steps", unit="step")
         self.file, self.failure = MetricsFile(path), ""
         if self.is_main:
             self._try(path.name, lambda: self.file.begin(start))
@@ -70,14 +82,15 @@ class StepLog:
         metrics["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
         self.watch.check(metrics, self.parameters)
         self._try(self.path.name, lambda: self.file.append(step, metrics))
-        self._try("the trackers' files", lambda: self.accelerator.log(metrics, step=step))
+        self._try("the trackers' files", lambda: self.accelerator.log(grouped({"step": step, **metrics}), step=step))
         self.progress.update()
         shown = {name: metrics[name] for name in ("loss", "reward/mean") if name in metrics}
         self.progress.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
 
-    def write_images(self, step: int, images: Mapping[str, Tensor]) -> None:
-        """Log images, name -> (B, 3, H, W) in [0, 1]; see `log_images`."""
-        self._try("images", lambda: log_images(self.accelerator, self.path.parent, images, step))
+    def write_images(self, step: int, pictures: Mapping[str, Pictures]) -> None:
+        """Log images by name; see `log_pictures` and `BranchTable`."""
+        self._try("images", lambda: log_pictures(self.accelerator, self.path.parent, pictures, step))
+        self._try("images", lambda: self.table.add(step, pictures))
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -124,32 +137,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def to_numpy(images: Tensor) -> np.ndarray:
-    """(B, 3, H, W) float in [0, 1] to (B, H, W, 3) uint8."""
-    return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
-
-
-def image_grid(images: Tensor, columns: int) -> Image.Image:
-    """Images (B, 3, H, W) in [0, 1], row by row, on white."""
-    pixels = (images * 255).round().to(torch.uint8).cpu()
-    return to_pil_image(make_grid(pixels, nrow=columns, pad_value=255))
-
-
-def log_images(accelerator: Accelerator, output_dir: Path, images: Mapping[str, Tensor], step: int) -> None:
-    """Send images, name -> (B, 3, H, W) in [0, 1], to every tracker, and to `output_dir/images` as PNG grids."""
-    folder = output_dir / "images"
-    folder.mkdir(exist_ok=True)
-    for name, value in images.items():
-        columns = math.ceil(len(value) ** 0.5)
-        image_grid(value, columns).save(folder / f"{name.replace('/', '_')}_{step:06d}.png")
-    for tracker in accelerator.trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({name: to_numpy(value) for name, value in images.items()}, step=step, **layout)
-
-
 def plot_rewards(metrics_path: Path, image_path: Path) -> bool:
-    """Draw the mean reward over optimizer steps with the spread over branches as a band (figure 6), best and worst
-    branch; returns whether there was anything to draw."""
+    """Draw the mean reward with the spread over branches as a band (figure 6), best and worst branch, over optimizer
+    steps and over forwards; returns whether there was anything to draw."""
     lines = [line for line in read_metrics(metrics_path) if "reward/mean" in line]
     if not lines:
         return False
@@ -158,27 +148,39 @@ def plot_rewards(metrics_path: Path, image_path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # A run that an earlier version began has no forwards.
+    axes = {"step": "optimizer step", "cost/forwards": "forwards of the UNet, 3 for a row that is trained on"}
+    names = [name for name in axes if all(name in line for line in lines)]
     window = max(1, len(lines) // 20)
+    figure, panels = pyplot.subplots(
+        1, len(names), figsize=(5.5 * len(names), 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(panels[0], names, strict=True):
+        _plot_against(axis, lines, name, window)
+        axis.set_xlabel(axes[name])
+        axis.grid(alpha=0.3)
+    note = f" (running mean over {window} steps)" if window > 1 else ""
+    panels[0, 0].set_ylabel(f"reward{note}")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(image_path, dpi=120)
+    pyplot.close(figure)
+    return True
 
-    def running(name: str) -> np.ndarray:
-        return np.convolve([line[name] for line in lines], np.ones(window) / window, mode="valid")
 
-    steps = np.array([line["step"] for line in lines])
+def _plot_against(axis: Any, lines: Sequence[Mapping[str, float]], name: str, window: int) -> None:
+    """The reward of each step over another of its values, with running means over `window` steps."""
+
+    def running(curve: str) -> np.ndarray:
+        return np.convolve([line[curve] for line in lines], np.ones(window) / window, mode="valid")
+
+    along = np.array([line[name] for line in lines])
     mean, spread = running("reward/mean"), running("reward/spread")
-    figure, axis = pyplot.subplots(figsize=(8, 4.5))
-    axis.plot(steps, [line["reward/mean"] for line in lines], color="0.8", linewidth=0.6, label="mean of each step")
-    smoothed = steps[window - 1 :]
+    axis.plot(along, [line["reward/mean"] for line in lines], color="0.8", linewidth=0.6, label="mean of each step")
+    smoothed = along[window - 1 :]
     axis.fill_between(smoothed, mean - spread, mean + spread, alpha=0.2, linewidth=0, label="spread over branches")
     axis.plot(smoothed, running("reward/best"), color="tab:green", linewidth=1, label="best branch")
     axis.plot(smoothed, running("reward/worst"), color="tab:red", linewidth=1, label="worst branch")
     axis.plot(smoothed, mean, color="tab:blue", label="mean")
-    validated = [(line["step"], line["validation/reward"]) for line in lines if "validation/reward" in line]
+    validated = [(line[name], line["validation/reward"]) for line in lines if "validation/reward" in line]
     if validated:
         axis.plot(*zip(*validated, strict=True), "ko-", markersize=4, label="validation images")
-    note = f" (running mean over {window} steps)" if window > 1 else ""
-    axis.set(xlabel="optimizer step", ylabel=f"reward{note}")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(image_path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    return True

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sharpening import sdxl
 from sharpening.draws import draw_generator
+from sharpening.progress import progress
 from sharpening.rewards.calling import Reward
 from sharpening.sharding import local
 from sharpening.trajectory import Schedule, generate
@@ -117,7 +117,7 @@ class Validation:
         unet.eval()
         # One autocast, so that the weights are converted once.
         with averaged_weights(unet, ema), accelerator.autocast(), Begun() as judged:
-            for indices in tqdm(own + idle, desc="validation", leave=False, disable=not accelerator.is_main_process):
+            for indices in progress(own + idle, desc="validation", unit="slice", leave=False):
                 prompts = [self.prompts[index] for index in indices]
                 embeds, pooled = (torch.cat(part) for part in zip(*map(self.embeddings.get, prompts), strict=True))
                 time_ids = sdxl.default_time_ids(len(prompts), drawing.resolution, embeds.device)
@@ -136,11 +136,9 @@ class Validation:
         """Of the noise of an image, whoever draws it."""
         return draw_generator(self.drawing.seed, index, "validation")
 
-    def gather(
-        self, accelerator: Accelerator, drawn: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, dict[str, float]]:
+    def gather(self, accelerator: Accelerator, drawn: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The images of all ranks in order, (V, 3, H, W) in [0, 1] on the CPU of the main one and none on others, and
-        the mean reward with its standard error of those scored; every rank must call it.
+        their scores (V,), NaN where one has none; every rank must call it.
 
         drawn is what `draw` returned. One slice of each rank is exchanged at a time: the device holds no more.
         """
@@ -157,13 +155,13 @@ class Validation:
                 scores.append(some_scores[: len(indices)])
                 if accelerator.is_main_process:
                     images.append(some_images[: len(indices)])
-        return torch.cat(images) / 255 if images else torch.empty(0), _metrics(torch.cat(scores))
+        return torch.cat(images) / 255 if images else torch.empty(0), torch.cat(scores)
 
-
-def _metrics(scores: Tensor) -> dict[str, float]:
-    """The mean of scores (V,) with its standard error, without those that are NaN."""
-    scores = scores[~scores.isnan()]
-    metrics = {"validation/reward": float(scores.mean())} if len(scores) else {}
-    if len(scores) > 1:
-        metrics["validation/reward_standard_error"] = float(scores.std() / len(scores) ** 0.5)
-    return metrics
+    @staticmethod
+    def metrics(scores: Tensor) -> dict[str, float]:
+        """The mean of scores (V,) with its standard error, without those that are NaN."""
+        scores = scores[~scores.isnan()]
+        metrics = {"validation/reward": float(scores.mean())} if len(scores) else {}
+        if len(scores) > 1:
+            metrics["validation/reward_standard_error"] = float(scores.std() / len(scores) ** 0.5)
+        return metrics

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +139,9 @@ def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_p
 
     monkeypatch.setattr(model_source.Source, "load", refuse)
     assert train(flags(dry_run=True, gradient_accumulation_steps=4, num_noisy_latents=5, branch_guidance_scale=2)) == 0
-    plan = {line[:18].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100
+    plan = {line[:18].strip(): line[20:] for line in re.sub(r"\n {20}", " ", said).splitlines()}
     assert plan["rows per step"] == "8 = 2 per batch x 4 accumulated x 1 processes"
     assert plan["forwards per step"] == PLAN[method]
     assert plan["decodes per step"] == "120, per process"

@@ -16,7 +16,12 @@ SCRIPTS = {
     "D3PO": "baselines/d3po.py",
 }
 
-SPEED = {"samples_per_second", "peak_memory_gib", "generation_time_share"}
+# What depends on the machine's speed, or on what a launch had to do again.
+SPEED = {
+    "samples_per_second", "peak_memory_gib", "generation_time_share", "cost/forwards", "cost/rows_trained",
+    "cost/rows_without_gradient", "cost/images_judged", "cost/seconds", "time/step", "time/generation", "time/score",
+    "time/reference", "time/train", "time/validation", "time/other",
+}  # fmt: skip
 
 
 def launcher_words(launcher):
@@ -40,7 +45,7 @@ def metrics(run_dir):
 
 
 def without_speed(line):
-    """A line of metrics without what depends on the machine's speed."""
+    """A line of metrics without its `SPEED`."""
     return {name: value for name, value in line.items() if name not in SPEED}
 
 
