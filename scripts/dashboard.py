@@ -20,7 +20,7 @@ FLAGS = (
     Flag("output", "the page", Path, Path("dashboard.html"), metavar="FILE.html"),
     Flag("against", "the axis that the page begins with, and that of the picture", str, "steps", choices=(*AXES,)),
     Flag("picture", "also draw some curves as a picture", Path, metavar="FILE.png"),
-    Flag("curves", f"of the picture; unset: {', '.join(PICTURED)}", nargs="+", metavar="NAME"),
+    Flag("curves", f"of the picture; unset: those of {', '.join(PICTURED)} that there are", nargs="+", metavar="NAME"),
 )
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     write_page(runs, args.output, args.against)
     print(f"written: {args.output}")
     if args.picture:
-        write_picture(runs, args.picture, args.against, args.curves or PICTURED)
+        write_picture(runs, args.picture, args.against, args.curves or ())
         print(f"written: {args.picture}")
     return 0
 

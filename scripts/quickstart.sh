@@ -33,6 +33,7 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision n
 
 python scripts/evaluate.py --models base=tiny_world/sdxl trained="$OUT/run" --prompts "$OUT/held_out_prompts.txt" \
   --reward_model shapes --num_images 400 --guidance_scale 1 --batch_size 50 --output_dir "$OUT/evaluation"
-echo "reward curve: $OUT/run/reward_curve.png"
-echo "report, to open in a browser: $OUT/evaluation/report.html"
+echo "reward curve, against steps and forwards: $OUT/run/reward_curve.png"
+echo "images, to look at in a browser: $OUT/evaluation/report.html"
+echo "all curves: python scripts/dashboard.py $OUT/run"
 echo "time: $((SECONDS - started)) s after installation"

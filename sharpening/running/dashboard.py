@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +18,7 @@ from sharpening.files import write_aside
 from sharpening.running.metric_names import GROUPS, MEANING, grouped
 
 FILE = "metrics.jsonl"
-TEMPLATE = "dashboard.html.jinja"
+TEMPLATE = "templates/dashboard.html.jinja"
 MOST_POINTS = 1500  # of a curve; longer ones become means of neighbours
 DIGITS = 6  # of a value
 AXES = {"steps": "cost/steps", "forwards": "cost/forwards", "seconds": "cost/seconds"}
@@ -98,11 +99,12 @@ def read_runs(paths: Iterable[Path]) -> list[Curves]:
     Raises:
         UserError: as of `read_run`.
     """
-    runs: list[Curves] = []
-    for path in paths:
-        run = read_run(path)
-        same = sum(run.name == other.name.split(" (")[0] for other in runs)
-        runs.append(run._replace(name=f"{run.name} ({same + 1})") if same else run)
+    runs = [read_run(path) for path in paths]
+    seen: Counter[str] = Counter()
+    for index, run in enumerate(runs):
+        seen[run.name] += 1
+        if seen[run.name] > 1:
+            runs[index] = run._replace(name=f"{run.name} ({seen[run.name]})")
     return runs
 
 
@@ -199,8 +201,9 @@ def write_page(runs: Sequence[Curves], path: Path, against: str) -> None:
         raise UserError(f"--output {path} cannot be written ({error}); name another file") from error
 
 
-def write_picture(runs: Sequence[Curves], path: Path, against: str, curves: Sequence[str]) -> None:
-    """Draw some curves of the runs, each in a panel, as a PNG; those of `TOGETHER` by their common name.
+def write_picture(runs: Sequence[Curves], path: Path, against: str, curves: Sequence[str] = ()) -> None:
+    """Draw some curves of the runs, each in a panel, as a PNG; those of `TOGETHER` by their common name. None named:
+    those of `PICTURED` that a run has.
 
     Raises:
         UserError: a curve or an axis that no run has, or a file that cannot be written.
@@ -210,20 +213,22 @@ def write_picture(runs: Sequence[Curves], path: Path, against: str, curves: Sequ
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    axis = AXES[against]
+    axis, known = AXES[against], sorted({name for run in runs for name in run.values})
+    lines_of = {curve: TOGETHER.get(curve, (curve,)) for curve in curves or PICTURED}
+    if not curves:
+        lines_of = {curve: lines for curve, lines in lines_of.items() if any(line in known for line in lines)}
+    for curve, lines in lines_of.items():
+        require(any(line in known for line in lines), f"--curves {curve}: no run has it; there are {', '.join(known)}")
     missing = [run.name for run in runs if None in run.values.get(axis, [None])]
     require(not missing, f"--against {against}: {', '.join(missing)} has no {axis}; choose --against steps")
-    columns = min(3, len(curves))
-    rows = math.ceil(len(curves) / columns)
+    columns = min(3, len(lines_of))
+    rows = math.ceil(len(lines_of) / columns)
     figure, panels = pyplot.subplots(
         rows, columns, figsize=(3.3 * columns, 2.1 * rows + 0.5), squeeze=False, layout="constrained"
     )
-    for panel in panels.flat[len(curves) :]:
+    for panel in panels.flat[len(lines_of) :]:
         panel.axis("off")
-    for panel, curve in zip(panels.flat, curves, strict=False):
-        lines = TOGETHER.get(curve, (curve,))
-        known = sorted({name for run in runs for name in run.values})
-        require(any(line in known for line in lines), f"--curves {curve}: no run has it; there are {', '.join(known)}")
+    for panel, (curve, lines) in zip(panels.flat, lines_of.items(), strict=False):
         for number, run in enumerate(runs):
             for line, style in zip(lines, ("-", "--"), strict=False):
                 points = [

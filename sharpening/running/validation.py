@@ -85,7 +85,8 @@ class Validation:
         """agree: as of `Run.same_forwards`."""
         self.drawing, self.unconditional, self._agree = drawing, unconditional, agree
         self.prompts = [prompt for prompt in prompts for _ in range(drawing.images_per_prompt)]
-        self.embeddings = {prompt: encoders.encode([prompt]) for prompt in dict.fromkeys(prompts)}
+        bar = progress(dict.fromkeys(prompts), desc="encoding validation prompts", unit="prompt", delay=1)
+        self.embeddings = {prompt: encoders.encode([prompt]) for prompt in bar}
 
     @property
     def slices(self) -> list[range]:

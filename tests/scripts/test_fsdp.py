@@ -186,6 +186,15 @@ def test_ranks_make_the_same_forwards(notes):
         assert len({rank["forwards"] for rank in notes[f"{name} fsdp"]}) == 1
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "validation_prompt" not in OPTIONS[name]])
+def test_cost_is_what_all_ranks_put_through_their_unets(name, runs, notes):
+    """Forwards that a rank makes for another's sake are made, and count."""
+    for run in (name, f"{name} fsdp"):
+        last = metrics(runs / run)[-1]
+        rows = last["cost/rows_trained"] + last["cost/rows_without_gradient"]
+        assert rows == sum(rank["rows"] for rank in notes[run]) > 0
+
+
 def test_resumed_run_equals_an_uninterrupted_one(runs):
     assert same_tensors(runs / "SFT fsdp" / WEIGHTS, runs / "SFT resumed" / WEIGHTS)
     lines = [[*map(without_speed, metrics(runs / name))] for name in ("SFT fsdp", "SFT resumed")]

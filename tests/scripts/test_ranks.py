@@ -107,7 +107,8 @@ def test_ranks_share_validation_and_draw_what_one_draws(train, flags, validating
     assert result.returncode == 0, result.stderr[-3000:]
     one, two = (tmp_path / run / "images" / "validation_images_000001.png" for run in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
-    for name in ("validation/reward", "validation/reward_standard_error"):
+    cost = {f"cost/{name}" for name in ("forwards", "rows_trained", "rows_without_gradient", "images_judged")}
+    for name in ("validation/reward", "validation/reward_standard_error", *cost):
         assert metrics(tmp_path / "one")[0][name] == metrics(tmp_path / "two")[0][name]
     drawn = (tmp_path / "prompts.txt").read_text().splitlines()
     judged = [(tmp_path / f"judged-{rank}.txt").read_text().splitlines() for rank in (0, 1)]

@@ -2,8 +2,8 @@
 
 FILE holds a JSON list of {"script", "command", "port", "file_limit"}, where file_limit is null or the bytes that rank
 0 may write into a file. Each line runs in a fork of this process, which has imported everything by then. What the rank
-did is appended to FILE.RANK, a JSON object a line: its status, how often the UNet ran, the number of elements of the
-trained weights, how many of them, of their gradients and of the optimizer's states lie here, and how many elements all
+did is appended to FILE.RANK, a JSON object a line: its status, how often the UNet ran and on how many rows in all, the
+number of elements of the trained weights, how many of them, of their gradients and of the optimizer's states lie here, and how many elements all
 UNets and all averages take here, a reference among them; those three at the last optimizer step.
 """
 
@@ -31,6 +31,7 @@ def count(found):
 
     def counted(self, *args, **options):
         found["forwards"] += 1
+        found["rows"] += len(args[0])
         return forward(self, *args, **options)
 
     def sized(self, *args, **options):
@@ -70,7 +71,7 @@ def run(line):
     if line["file_limit"] and os.environ["RANK"] == "0":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (line["file_limit"], resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    found = {"forwards": 0}
+    found = {"forwards": 0, "rows": 0}
     count(found)
     sys.argv[:] = [line["script"], *line["command"]]
     module = importlib.import_module(line["script"].removesuffix(".py").replace("/", "."))
