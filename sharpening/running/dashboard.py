@@ -168,14 +168,9 @@ def charts_of(names: Sequence[str], runs: Sequence[Curves]) -> tuple[list[dict[s
     titles = {name: title for title, pair in TOGETHER.items() for name in pair}
     charts: dict[str, dict[str, Any]] = {}
     for name in sorted(set(names) - set(idle) - UNCHARTED, key=lambda name: (place.get(name, len(place)), name)):
-        chart = {
-            "title": titles.get(name, name),
-            "lines": [],
-            "meaning": MEANING.get(name, ""),
-            "band": BANDS.get(name),
-        }
-        chart = charts.setdefault(chart["title"], {**chart, "reference": REFERENCES.get(name)})
-        chart["lines"].append(name)
+        about = {"meaning": MEANING.get(name, ""), "band": BANDS.get(name), "reference": REFERENCES.get(name)}
+        title = titles.get(name, name)
+        charts.setdefault(title, {"title": title, "lines": [], **about})["lines"].append(name)
     groups = [
         {"name": group, "charts": [chart for chart in charts.values() if chart["lines"][0].startswith(f"{group}/")]}
         for group in GROUPS
