@@ -161,12 +161,8 @@ def plot_rewards(metrics_path: Path, image_path: Path) -> bool:
         axis.grid(alpha=0.3)
     note = f" (running mean over {window} steps)" if window > 1 else ""
     panels[0, 0].set_ylabel(f"reward{note}")
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=6 if len(names) > 1 else 3,
-        frameon=False,
-    )
+    known = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*known, loc="outside lower center", ncols=3 * len(names), frameon=False)
     figure.savefig(image_path, dpi=120)
     pyplot.close(figure)
     return True
