@@ -2,7 +2,7 @@
 
 FILE holds a JSON list of {"script", "command", "port", "file_limit"}, where file_limit is null or the bytes that rank
 0 may write into a file. Each line runs in a fork of this process, which has imported everything by then. What the rank
-did is appended to FILE.RANK, a JSON object a line: its status, how often the UNets ran and on how many rows in all, the
+did is appended to FILE.RANK, a JSON object a line: its status, how often the UNets ran, on how many rows in all, the
 number of elements of the trained weights, how many of them, of their gradients and of the optimizer's states lie here,
 and how many elements all UNets and all averages take here, a reference among them; those three at the last optimizer
 step.
