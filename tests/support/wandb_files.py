@@ -28,18 +28,27 @@ def records(path):
 
 def offline_run(folder):
     """The one offline run below a folder: its `history`, a dictionary a step; its `config`; its `metrics`, name ->
-    the axis that it is drawn against, "" for none; and its `files`, where pictures and tables lie."""
-    (path,) = folder.rglob("*.wandb")
-    history, config, metrics = {}, {}, {}
-    for record in records(path):
+    the axis that it is drawn against, "" for none; its `artifacts`, the paths in each; and its `files`, where pictures
+    and tables lie."""
+    (file,) = folder.rglob("*.wandb")
+    history, config, metrics, artifacts = {}, {}, {}, []
+    for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "history":
-            line = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            line = {}
+            for item in record.history.item:
+                *path, last = item.nested_key
+                place = line.setdefault(path[0], {}) if path else line
+                place[last] = json.loads(item.value_json)
             history.setdefault(line["_step"], {}).update(line)
         elif kind == "config":
             config |= {item.key: json.loads(item.value_json) for item in record.config.update}
         elif kind == "run":
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        elif kind == "artifact":
+            artifacts.append([entry.path for entry in record.artifact.manifest.contents])
         elif kind == "metric":
             metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
-    return SimpleNamespace(history=history, config=config, metrics=metrics, files=path.parent / "files")
+    return SimpleNamespace(
+        history=history, config=config, metrics=metrics, artifacts=artifacts, files=file.parent / "files"
+    )
