@@ -4,7 +4,7 @@
 #   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh train_sft_diffusion_sharpening_sdxl.py FLAGS...
 #
 # Submit it from the root of the repository, with the project's environment active. --output_dir must lie on a disk that
-# all machines share; docs/several_machines.md says more.
+# all machines share; docs/scale.md says more.
 #SBATCH --job-name=sharpening
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

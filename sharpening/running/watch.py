@@ -47,7 +47,7 @@ class Watch:
             if accuracy < coin:
                 self._warn(
                     f"the model preferred the better branch in {accuracy:.3f} of {self.pairs:.0f} pairs, which cannot "
-                    "be told from a coin's 0.5 (preference/accuracy): raise --learning_rate, or see in the README "
+                    "be told from a coin's 0.5 (preference/accuracy): raise --learning_rate, or see in docs/method.md "
                     "when --reward_on sample helps"
                 )
         if self.steps == self.IDLE_STEPS:

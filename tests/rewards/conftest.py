@@ -2,7 +2,7 @@
 
 import pytest
 
-# Five lines, as the README shows them; then what else a user may bring.
+# Five lines, as `reward.py` shows them; then what else a user may bring.
 MY_REWARD = """
 def redness(images, prompts):
     red, green, blue = images.unbind(dim=1)
