@@ -13,7 +13,7 @@ from sharpening import sdxl
 from tests.baselines import literal
 from tests.baselines.test_diffusion_dpo import errors_of_pairs, whole_loss
 from tests.support.captioned_files import write_pairs
-from tests.support.runs import ROOT, SPEED, metrics, same_files, without_speed
+from tests.support.runs import ROOT, SPEED, metrics, plan_of, same_files, without_speed
 from tiny_world import make_shapes_dataset
 from tiny_world.shapes import draw, training_captions, wrong_caption
 
@@ -109,7 +109,7 @@ def test_accumulated_batches_equal_a_bigger_batch(train, flags, pairs, seen, tmp
 
 def test_plan_says_what_it_trains_on_and_a_dry_run_touches_nothing(train, flags, pairs, tmp_path, capsys):
     assert train(flags(**pairs, gradient_accumulation_steps=2, dry_run=True)) == 0
-    plan = {line[:18].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    plan = plan_of(capsys.readouterr().out)
     assert plan["data"] == f"8 pairs of {pairs['dataset_name']} (10 read: 2 ties left out)"
     assert plan["pairs"] == "images of the data set, by its labels; the reward judges validation images alone"
     assert plan["forwards per step"] == "8 rows to reference, 8 rows to train, per process"

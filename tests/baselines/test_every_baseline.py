@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sharpening import model_source
 from tests.baselines import literal
-from tests.support.runs import ROOT, SPEED, metrics, same_files, same_tensors, without_speed
+from tests.support.runs import ROOT, SPEED, metrics, plan_of, same_files, same_tensors, without_speed
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -117,10 +117,6 @@ PLAN = {  # 8 prompts a step, n = 5; 5 steps to generate, of two rows each with 
     },
 }
 PLANNED = {"DPO": {"sets": 3, "rounds": 2}, "BEST_OF_N": {**BASE, "sets": 3}, "DDPO": {}, "D3PO": {}}
-
-
-def plan_of(text):
-    return {line[:18].strip(): line[20:] for line in text.splitlines()}
 
 
 def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_path, capsys, monkeypatch):

@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from sharpening import model_source, sdxl
 from sharpening.running import launching
 from tests.support.hooks import OFF_GRID
-from tests.support.runs import ROOT, SCRIPTS, metrics
+from tests.support.runs import ROOT, SCRIPTS, metrics, plan_of
 
 SAMPLES = {"reward_on": "sample", "latents_per_prompt": "n"}
 
@@ -141,7 +140,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(method, train, flags, tmp_p
     assert train(flags(dry_run=True, gradient_accumulation_steps=4, num_noisy_latents=5, branch_guidance_scale=2)) == 0
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 100 and said.count("\n") <= 20  # a screen has room for it and the bar
-    plan = {line[:18].strip(): line[20:] for line in re.sub(r"\n {20}", " ", said).splitlines()}
+    plan = plan_of(said)
     assert plan["rows per step"] == "8 = 2 per batch x 4 accumulated x 1 processes"
     assert plan["forwards per step"] == PLAN[method]
     assert plan["decodes per step"] == "120, per process"

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from sharpening import model_source, sdxl
 from sharpening.reference import Reference
 from tests.support.objective import problem
-from tests.support.runs import metrics, same_files, same_tensors
+from tests.support.runs import metrics, plan_of, same_files, same_tensors
 from tiny_world.make_tiny_sdxl import make_pipeline
 
 LORA = {"use_lora": True, "lora_rank": 4, "lora_alpha": 8.0, "infer_steps": 5, "learning_rate": 1e-2}
@@ -105,11 +105,11 @@ def test_resuming_with_another_kind_of_weights_is_refused(
 
 def test_dry_run_counts_the_memory_of_the_adapter_alone(train, flags, capsys, method):
     assert train(flags(dry_run=True, use_lora=True)) == 0
-    plan = {line[:18].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    plan = plan_of(capsys.readouterr().out)
     assert "LoRA of rank 16: 0.0M train" in plan["model"]
     assert "reference" not in plan["memory held"]
     assert train(flags(dry_run=True)) == 0
-    plan = {line[:18].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    plan = plan_of(capsys.readouterr().out)
     assert ("reference" in plan["memory held"]) == (method == "RLHF")
 
 

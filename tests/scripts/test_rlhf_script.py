@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sharpening.draws import Draws, draw_noise, timestep_probabilities
 from sharpening.trajectory import Schedule
 from tests.support.objective import SDXL
-from tests.support.runs import ROOT, metrics, same_tensors
+from tests.support.runs import ROOT, metrics, plan_of, same_tensors
 
 CAPTIONS = ["a red circle on a white background", "a blue square on a gray background"]
 SAMPLES = {"reward_on": "sample", "latents_per_prompt": "n"}
@@ -43,7 +43,7 @@ def test_prompts_file_is_all_the_data_a_run_needs(train, flags, tmp_path, capsys
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join([CAPTIONS[0], "", CAPTIONS[1], CAPTIONS[0], "   "]) + "\n")
     assert train(flags(train_data_dir=None, prompts_file=path, **QUICK)) == 0
-    plan = {line[:18].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    plan = plan_of(capsys.readouterr().out)
     assert plan["data"] == (
         f"2 prompts of {path} (5 read: 2 empty and 1 repeated left out, 0 of several lines joined)"
     )

@@ -1,6 +1,7 @@
 """How tests start the scripts and read what a run leaves."""
 
 import json
+import re
 import socket
 import sys
 from pathlib import Path
@@ -42,6 +43,11 @@ def launcher_words(launcher):
 def metrics(run_dir):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def plan_of(text):
+    """The lines of a run's plan by name; those that a screen has no room for are broken."""
+    return {line[:18].strip(): line[20:] for line in re.sub(r"\n {20}", " ", text).splitlines()}
 
 
 def without_speed(line):
