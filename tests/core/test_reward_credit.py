@@ -1,4 +1,4 @@
-"""Why `--reward_on trajectory` can credit the wrong branch: measured on the trained tiny SDXL, as `docs/method.md` says.
+"""Why `--reward_on trajectory` can credit the wrong branch: measured on the tiny SDXL, as `docs/method.md` says.
 
 The loss pulls the model towards the latent that the better branch started from. Judging clean estimates along the
 branch finds the better latent where little noise was added, and hardly better than a coin where much was.

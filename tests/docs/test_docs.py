@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
