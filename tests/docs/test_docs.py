@@ -358,7 +358,7 @@ def test_data_of_the_page_are_trained_on(workplace, train, flags, capsys):
 
 @pytest.mark.slow
 def test_baseline_of_the_page_trains_and_resumes(workplace, world, monkeypatch):
-    """With the flags of the page's own command, on the random tiny SDXL."""
+    """By the page's own command, with fewer steps and rows; two steps equal one step and a resumed one."""
     path = page_file("extending.md", "rwr.py", workplace)
     texts = blocks(ROOT / "docs" / "extending.md", "bash")
     (words,) = [words for text in texts for script, words in commands(text) if script == "rwr.py"]
