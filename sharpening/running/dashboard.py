@@ -236,8 +236,12 @@ def write_picture(runs: Sequence[Curves], path: Path, against: str, curves: Sequ
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
     figure.supxlabel(AXIS_TITLES[against], fontsize=8)
-    handles = dict(zip(*panels[0, 0].get_legend_handles_labels()[::-1], strict=True))  # a run may have two lines
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    # A run may have two lines in a panel, and none in another.
+    lines = {line.get_label(): line for panel in panels.flat for line in reversed(panel.get_lines())}
+    names = [run.name for run in runs if run.name in lines]
+    figure.legend(
+        [lines[name] for name in names], names, loc="outside upper center", ncols=4, frameon=False, fontsize=8
+    )
     try:
         with write_aside(path) as aside:
             figure.savefig(aside, dpi=90, format="png")

@@ -19,6 +19,6 @@ def test_table_of_curves_is_that_of_the_code():
 
 def test_pictures_are_there_and_small():
     pictures = [PAGE.parent / name for name in re.findall(r"!\[[^]]*]\(([^)]*)\)", PAGE.read_text())]
-    assert len(pictures) == 4 and all(picture.is_file() for picture in pictures)
+    assert len(pictures) == 5 and all(picture.is_file() for picture in pictures)
     assert sum(path.stat().st_size for path in (PAGE.parent / "dashboards").iterdir()) < 400_000
     assert len(PAGE.read_text().splitlines()) <= 120
