@@ -7,6 +7,7 @@ values read under the pointer. With `--picture FILE.png` some curves are drawn a
 `docs/dashboards.md` says how to read them.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,15 +25,24 @@ FLAGS = (
 )
 
 
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags, and `runs`.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    parser = flags.make_parser(__doc__.splitlines()[0], {"dashboard": FLAGS})
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output_dir of a run")
+    return parser.parse_args(argv)
+
+
 def main(argv: Sequence[str]) -> int:
     """Write the page; returns 0.
 
     Raises:
         UserError: naming the flag or the file and the remedy.
     """
-    parser = flags.make_parser(__doc__.splitlines()[0], {"dashboard": FLAGS})
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output_dir of a run")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     runs = read_runs(args.runs)
     write_page(runs, args.output, args.against)
     print(f"written: {args.output}")
