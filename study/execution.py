@@ -144,11 +144,7 @@ def main(argv: Sequence[str]) -> int:
 
     def of(groups: Mapping[str, Sequence[Run]], images: int, prompts: str) -> dict[str, tuple[dict, int, Path]]:
         return {
-            group: (
-                {run.key: (runs / run.key / "model", "") for run in members},
-                images,
-                output_dir / f"{prompts}.txt",
-            )
+            group: ({run.key: (runs / run.key / "model", "") for run in members}, images, output_dir / prompts)
             for group, members in groups.items()
         }
 
