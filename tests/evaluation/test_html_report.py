@@ -16,7 +16,7 @@ from tests.support.evaluation import PROMPTS
 ATTACK = "<script>window.broken = 1</script> & \"a red circle\" </script> <img src=x onerror='window.broken = 2'>"
 LOADED = "Promise.all([...document.images].slice(0, 6).map((image) => image.decode()))"
 FRAMES = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
-METRICS = ("tests.support.evaluation:redness", "jpeg_compressibility")  # of any prompt
+METRICS = ("shapes", "jpeg_compressibility")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_numbers_are_those_of_the_summary_and_prompts_are_text(tab, evaluated):
 def test_worst_first_is_one_click(tab, evaluated):
     assert tab.page.locator("#rows > li").count() < 30  # the rest is made when it is scrolled to
     assert order(tab.page) == list(range(30))
-    gains = evaluated.columns[f"other/{METRICS[0]}"] - evaluated.columns[f"base/{METRICS[0]}"]
+    gains = evaluated.columns["other/shapes"] - evaluated.columns["base/shapes"]
     tab.page.click("text=Worst first")
     shown = gains[order(tab.page)]
     assert len(shown) == 30 and (np.diff(shown) >= -1e-4).all()
@@ -152,7 +152,7 @@ def test_scatter_shows_points_that_can_be_hidden_and_asked(tab):
     assert tab.page.evaluate(picture) != both
     tab.page.check("#legend input >> nth=1")
     assert tab.page.evaluate(picture) == both
-    assert "redness against jpeg_compressibility" in canvas.get_attribute("aria-label")
+    assert "shapes against jpeg_compressibility" in canvas.get_attribute("aria-label")
     # With the gray base hidden, the topmost coloured pixel is of a point.
     find = """canvas => {
       const pen = canvas.getContext('2d'), { width, height } = canvas, ratio = width / canvas.clientWidth;

@@ -1,4 +1,4 @@
-"""What tests of the evaluation share: prompts, two models to compare, a reward that takes any prompt."""
+"""What tests of the evaluation share: prompts, and two models to compare."""
 
 PROMPTS = ["a red circle on a white background", "a blue square on a gray background"]
 
@@ -6,8 +6,3 @@ PROMPTS = ["a red circle on a white background", "a blue square on a gray backgr
 def both(folder):
     """`--models` of the two pipelines in a folder."""
     return ("base", folder / "model0"), ("other", folder / "model1")
-
-
-def redness(images, prompts):
-    red, green, blue = images.mean((2, 3)).T
-    return red - (green + blue) / 2
