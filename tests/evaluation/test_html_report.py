@@ -16,7 +16,7 @@ from tests.support.evaluation import PROMPTS
 ATTACK = "<script>window.broken = 1</script> & \"a red circle\" </script> <img src=x onerror='window.broken = 2'>"
 LOADED = "Promise.all([...document.images].slice(0, 6).map((image) => image.decode()))"
 FRAMES = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
-METRICS = ("shapes", "jpeg_compressibility")
+METRICS = ("brightness", "jpeg_compressibility")  # as the page calls them; the first is of a file
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,18 @@ def evaluated(folder, tmp_path_factory):
     """An evaluation of 30 images of three prompts by two models: its page, its summary, and its scores by column."""
     out = tmp_path_factory.mktemp("report")
     (out / "prompts.txt").write_text(f"{PROMPTS[0]}\n{PROMPTS[1]}\n{ATTACK}\n")
+    (out / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    reward = f"{out}/mine.py:brightness"
     models = [f"base={folder}/model0", f"other={folder}/model1"]
-    flags = {"prompts": out / "prompts.txt", "output_dir": out / "out", "reward_model": METRICS[0], "batch_size": 30}
+    flags = {"prompts": out / "prompts.txt", "output_dir": out / "out", "reward_model": reward, "batch_size": 30}
     flags |= {"num_images": 30, "num_inference_steps": 1, "guidance_scale": 1, "metrics": METRICS[1], "grid_images": 1}
     assert main(["--models", *models, *(f"--{name}={value}" for name, value in flags.items())]) == 0
     with (out / "out" / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0] if "/" in name}
+    columns = {name.replace(reward, METRICS[0]): column for name, column in columns.items()}
     summary = json.loads((out / "out" / "summary.json").read_text())
+    summary["metrics"][METRICS[0]] = summary["metrics"].pop(reward)
     return SimpleNamespace(page=out / "out" / "report.html", summary=summary, columns=columns)
 
 
@@ -89,7 +93,7 @@ def test_numbers_are_those_of_the_summary_and_prompts_are_text(tab, evaluated):
 def test_worst_first_is_one_click(tab, evaluated):
     assert tab.page.locator("#rows > li").count() < 30  # the rest is made when it is scrolled to
     assert order(tab.page) == list(range(30))
-    gains = evaluated.columns["other/shapes"] - evaluated.columns["base/shapes"]
+    gains = evaluated.columns["other/brightness"] - evaluated.columns["base/brightness"]
     tab.page.click("text=Worst first")
     shown = gains[order(tab.page)]
     assert len(shown) == 30 and (np.diff(shown) >= -1e-4).all()
@@ -152,7 +156,7 @@ def test_scatter_shows_points_that_can_be_hidden_and_asked(tab):
     assert tab.page.evaluate(picture) != both
     tab.page.check("#legend input >> nth=1")
     assert tab.page.evaluate(picture) == both
-    assert "shapes against jpeg_compressibility" in canvas.get_attribute("aria-label")
+    assert "brightness against jpeg_compressibility" in canvas.get_attribute("aria-label")
     # With the gray base hidden, the topmost coloured pixel is of a point.
     find = """canvas => {
       const pen = canvas.getContext('2d'), { width, height } = canvas, ratio = width / canvas.clientWidth;
