@@ -35,6 +35,11 @@ LINK = re.compile(r"\]\(([^()\s]+)\)")
 LAUNCHERS = {"quiet", "cpu", "venv", "node_rank"}  # flags of other programs that the text speaks of
 
 
+def in_project(page):
+    """A page's path, as pytest shows it."""
+    return str(page.relative_to(ROOT))
+
+
 def blocks(page, language):
     """The texts of a page's code blocks in a language, in order."""
     return [text for kind, text in FENCE.findall(page.read_text()) if kind == language]
@@ -76,7 +81,7 @@ def broken_links(page):
     return broken
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=in_project)
 def test_links_lead_somewhere(page):
     assert broken_links(page) == []
 
@@ -95,7 +100,7 @@ def test_every_page_is_in_the_index():
 FOLDERS = "baselines|benchmarks|docs|mllm_template|scripts|sharpening|study|tests|tiny_world"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=in_project)
 def test_files_that_are_named_exist(page):
     named = [span for span in spans(page) if re.fullmatch(rf"({FOLDERS})/[\w./]*", span)]
     assert [name for name in named if not (ROOT / name).exists()] == []
@@ -206,7 +211,7 @@ def mistakes(script, words):
     return []
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "scripts").glob("*.sh"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "scripts").glob("*.sh"))], ids=in_project)
 def test_commands_parse(page):
     texts = blocks(page, "bash") if page.suffix == ".md" else [page.read_text()]
     assert [said for text in texts for command in commands(text) for said in mistakes(*command)] == []
@@ -231,7 +236,7 @@ def test_mistakes_are_found(command, said):
     assert len(found) == 1 and said in found[0]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=in_project)
 def test_flags_in_the_text_exist(page):
     """In backticks: those behind a script's name are its own, all others some script's."""
     every = LAUNCHERS | {"share_noise_in_pair", "no-NAME"}
@@ -253,7 +258,7 @@ def test_flags_in_the_text_exist(page):
 # ------------------------------------------------------------------------------------------------------------- Python
 
 BLOCKS = [
-    pytest.param(text, id=f"{page.name}-{number}")
+    pytest.param(text, id=f"{in_project(page)}-{number}")
     for page in PAGES
     for number, text in enumerate(blocks(page, "python"))
 ]
@@ -341,7 +346,6 @@ def test_grading_scheme_of_the_page_grades(workplace, server):
     assert "Do text and picture leave each other room?" in told
 
 
-@pytest.mark.slow
 def test_reward_of_the_page_trains(workplace, train, flags):
     path = page_file("extending.md", "sharp_and_bright.py", workplace)
     assert train(flags(reward_model=f"{path}:SharpAndBright", max_train_steps=1)) == 0
@@ -349,7 +353,6 @@ def test_reward_of_the_page_trains(workplace, train, flags):
     assert line["reward/spread"] > 0 and "reward/component/SharpAndBright/edges" in line
 
 
-@pytest.mark.slow
 def test_data_of_the_page_are_trained_on(workplace, train, flags, capsys):
     runpy.run_path(str(page_file("extending.md", "convert.py", workplace)))
     assert train(flags(train_data_dir=None, dataset_name="my_data", max_train_steps=1)) == 0
