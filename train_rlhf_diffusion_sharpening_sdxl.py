@@ -70,7 +70,7 @@ PREFERENCE = (
         choices=("all", "first"), presets={"paper": "all", "released": "first"},
     ),
 )  # fmt: skip
-# What gains most per forward (docs/study.md). Learning rate, beta, guidance and sampling steps depend on the model.
+# What gains most per forward (docs/study.md). Learning rate, beta and guidance are left out: they depend on the model.
 EFFICIENT = {
     "reward_on": "sample",  # a clean estimate along a branch says little of the sample that it leads to
     "latents_per_prompt": "n",  # candidates that differ in what they show, not in their noise

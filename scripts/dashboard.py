@@ -21,7 +21,12 @@ FLAGS = (
     Flag("output", "the page", Path, Path("dashboard.html"), metavar="FILE.html"),
     Flag("against", "the axis that the page begins with, and that of the picture", str, "steps", choices=(*AXES,)),
     Flag("picture", "also draw some curves as a picture", Path, metavar="FILE.png"),
-    Flag("curves", f"of the picture; unset: those of {', '.join(PICTURED)} that there are", nargs="+", metavar="NAME"),
+    Flag(
+        "curves",
+        f"of the picture, named after the runs; unset: those of {', '.join(PICTURED)} that there are",
+        nargs="+",
+        metavar="NAME",
+    ),
 )
 
 

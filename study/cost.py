@@ -1,4 +1,4 @@
-"""What a training run costs, in forwards of one row through the UNet: planned, and as counted while it ran.
+"""What a training run may cost, in forwards of one row through the UNet.
 
 A row that is trained on costs three, a decoded latent what its floating-point operations cost.
 """
@@ -45,7 +45,7 @@ def decode_cost() -> float:
 def compute_per_update(script: str, flags: Mapping[str, object], decode: float) -> float:
     """Forwards of a row that an optimizer step of a script needs, by its own account."""
     module, args = _parsed(script, flags)
-    return forwards_of(module.rows_per_step(args), decode)
+    return _forwards(module.rows_per_step(args), decode)
 
 
 def compute_before(script: str, flags: Mapping[str, object], decode: float) -> float:
@@ -53,7 +53,7 @@ def compute_before(script: str, flags: Mapping[str, object], decode: float) -> f
     module, args = _parsed(script, flags)
     if script not in (DPO, BEST_OF_N):
         return 0
-    return forwards_of(module.rows_before(args, len(Path(flags["prompts_file"]).read_text().splitlines())), decode)
+    return _forwards(module.rows_before(args, len(Path(flags["prompts_file"]).read_text().splitlines())), decode)
 
 
 def _parsed(script: str, flags: Mapping[str, object]) -> tuple[ModuleType, argparse.Namespace]:
@@ -61,7 +61,6 @@ def _parsed(script: str, flags: Mapping[str, object]) -> tuple[ModuleType, argpa
     return module, module.parse_args(words({**flags, "output_dir": "none"}))
 
 
-def forwards_of(rows: Mapping[str, float], decode: float) -> float:
-    """What rows by purpose, planned by a script or counted by `study/counted.py`, cost in forwards of a row."""
+def _forwards(rows: Mapping[str, float], decode: float) -> float:
     weights = {"train": 3, "decode": decode}
     return sum(weights.get(purpose, 1) * count for purpose, count in rows.items())

@@ -59,10 +59,9 @@ def write_data(size: Size, output_dir: Path) -> None:
 
 
 def train(run: Run, folder: Path) -> float:
-    """Train a run into `folder/model`, and count its rows in `folder/rows.json`; returns its seconds."""
+    """Train a run into `folder/model`; returns its seconds."""
     flags = {**run.flags, "max_train_steps": run.updates, "seed": run.seed, "output_dir": folder / "model"}
-    command = ["-m", "study.counted", folder / "rows.json", f"{run.script}.py", *words(flags)]
-    return once(folder, [command], fresh=[folder])
+    return once(folder, [[f"{run.script}.py", *words(flags)]], fresh=[folder])
 
 
 def evaluate(models: Mapping[str, tuple[str | Path, str]], folder: Path, images: int, prompts: Path) -> float:

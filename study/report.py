@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharpening.files import write_aside
-from study.cost import compute_per_update, forwards_of
 from study.methods import EFFICIENT_RLHF, ON_IMAGES, THE_LETTER, Setting
 from study.plan import Plan, Run, Tuning, groups_of
 from study.settings import DATA, METRICS, Size
@@ -104,11 +103,10 @@ class Report:
         lines = read_metrics(self.output_dir / "runs" / run.key / "model" / "metrics.jsonl")
         return np.array([line[name] for line in lines if name in line])
 
-    def counted(self, runs: Sequence[Run]) -> float:
-        """Forwards of a row that a run needed, as counted while it ran: the least of several seeds, since one of them
-        also drew what is shown over time."""
-        files = (self.output_dir / "runs" / run.key / "rows.json" for run in runs)
-        return min(forwards_of(json.loads(file.read_text()), self.decode) for file in files)
+    def counted(self, run: Run) -> np.ndarray:
+        """Forwards of a row that a run had needed after each of its updates, as it counted them by hooks; what it drew
+        to be validated is not among them."""
+        return self.curve(run, "cost/forwards") + self.decode * self.curve(run, "cost/images_judged")
 
     def write_tables(self, only_first: bool) -> str:
         """`tables.md`, whose text is returned, and each table as `tables/NAME.csv`."""
@@ -135,21 +133,22 @@ class Report:
         for budget, methods in self.plan.table_1.items():
             first = f"table1_{budget // 1000}k_s{self.size.seeds[0]}"
             base = [self.judged(first, "base", metric)["mean"] for metric in ("shapes", *METRICS)]
-            header = ["method", "setting", "updates", "forwards", "reward", "win rate", *METRICS, "diversity"]
+            header = ["method", "setting", "updates", "compute", "reward", "win rate", *METRICS, "diversity"]
             cells = [f"{base[0]:.3f}", "", *(f"{value:.3f}" for value in base[1:])]
             rows = [["base", "", "", "", *cells, f"{self.diversity(first, 'base'):.3f}"]]
             for label, runs in methods.items():
                 wins = np.mean([comparison["win_rate"] for comparison in self.of(runs)])
                 diversity = np.mean([self.diversity(self._group_of[run.key], run.key) for run in runs])
-                spent = [self._setting(label).words, f"{runs[0].updates}", f"{self.counted(runs) / 1000:.1f}k"]
+                compute = np.mean([self.counted(run)[-1] for run in runs])
+                spent = [self._setting(label).words, f"{runs[0].updates}", f"{compute / 1000:.1f}k"]
                 others = [signed(self.of(runs, metric)) for metric in METRICS]
                 rows.append([label, *spent, signed(self.of(runs)), f"{wins:.2f}", *others, f"{diversity:.3f}"])
-            tables[f"Table 1: {budget // 1000}k forwards"] = header, rows
-        header, rows = ["method", "forwards"], []
+            tables[f"Table 1: a compute of {budget // 1000}k"] = header, rows
+        header, rows = ["method", "compute"], []
         for label, runs in self.plan.largest.items():
             reached = self._reaches(*self._over_compute(runs[0]))
             rows.append([label, f"{reached:.0f}k" if reached else "not reached"])
-        return tables | {f"Forwards to a held-out reward of {WANTED:.2f}": (header, rows)}
+        return tables | {f"Compute to a held-out reward of {WANTED:.2f}": (header, rows)}
 
     def _setting(self, label: str) -> Setting:
         """What was chosen for a method: what its smallest run of table 1 was tuned with."""
@@ -163,7 +162,7 @@ class Report:
             for setting, run in tried.items():
                 row = [label, setting.words, f"{run.updates}", signed([self.judged(group_of[run.key], run.key)])]
                 rows.append([*row, "chosen" if setting == chosen else ""])
-        title = f"What was tried at {min(self.size.budgets) // 1000}k forwards ({self.size.tuning_images} images)"
+        title = f"What was tried at a compute of {min(self.size.budgets) // 1000}k ({self.size.tuning_images} images)"
         return {title: (["method", "setting", "updates", "reward on the tuning prompts", ""], rows)}
 
     def _settle(self) -> Tables:
@@ -236,8 +235,7 @@ class Report:
     def _over_compute(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
         """Thousand forwards of a row at which a run drew held-out images, and their mean reward."""
         at, reward = self._validated(run)
-        each = compute_per_update(run.script, run.flags, self.decode)
-        return (run.compute - (run.updates - at) * each) / 1000, reward
+        return self.counted(run)[at - 1] / 1000, reward
 
     @staticmethod
     def _reaches(forwards: np.ndarray, reward: np.ndarray) -> float | None:

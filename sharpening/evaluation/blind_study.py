@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from sharpening.evaluation.pages import EMBED_LIMIT, data_uri, write_page
 from sharpening.files import write_aside
+from sharpening.pages import EMBED_LIMIT, data_uri, write_page
 
-PAGE = "vote.html"
+PAGE, TEMPLATE = "vote.html", Path(__file__).parent / "templates" / "vote.html.jinja"
 
 
 class Pair(NamedTuple):
@@ -78,7 +78,7 @@ def write_study(
         {"prompt": prompts[pair.image], "left": left, "right": right}
         for pair, left, right in zip(pairs, addresses[::2], addresses[1::2], strict=True)
     ]
-    write_page(folder / PAGE, "vote.html.jinja", data={"study": study, "pairs": shown})
+    write_page(folder / PAGE, TEMPLATE, data={"study": study, "pairs": shown})
     return path
 
 

@@ -79,9 +79,15 @@ def evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
 
 
 def short_names(rewards: dict[str, Reward]) -> dict[str, str]:
-    """What to call each reward, by its spec: the name of a reward of one component, unless two would have one name."""
-    names = {spec: r.components[0].name if len(r.components) == 1 else spec for spec, r in rewards.items()}
+    """What to call each reward, by its spec: one of a file or a module by its own name, unless two would have one."""
+    names = {spec: _own_name(spec, reward) for spec, reward in rewards.items()}
     return names if len(set(names.values())) == len(names) else {spec: spec for spec in rewards}
+
+
+def _own_name(spec: str, reward: Reward) -> str:
+    """`redness` of `my_reward.py:redness`; any other spec as it is, with its model and its weight."""
+    name = reward.components[0].name
+    return name if len(reward.components) == 1 and spec.endswith((f".py:{name}", f".{name}", f":{name}")) else spec
 
 
 def draw(

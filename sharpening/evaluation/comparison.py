@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+Z95 = 1.96  # standard errors to each side of a 95% interval
+
 
 class Comparison(NamedTuple):
     """One metric of one model; the last five are against the base on the same prompts and seeds, NaN for the base."""

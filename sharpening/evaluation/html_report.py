@@ -13,11 +13,11 @@ from urllib.parse import quote
 
 import numpy as np
 
-from sharpening.evaluation.comparison import Comparison
-from sharpening.evaluation.pages import EMBED_LIMIT, data_uri, write_page
+from sharpening.evaluation.comparison import Z95, Comparison
 from sharpening.evaluation.report import Results, Scores
+from sharpening.pages import EMBED_LIMIT, data_uri, write_page
 
-Z = 1.96  # standard errors to each side of a 95% interval
+TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
 
 
 def write_html(
@@ -46,7 +46,7 @@ def write_html(
     place = {prompt: index for index, prompt in enumerate(distinct)}
     write_page(
         path,
-        "report.html.jinja",
+        TEMPLATE,
         settings=settings,
         num_images=len(prompts),
         num_prompts=len(distinct),
@@ -90,7 +90,7 @@ def _addresses(images: Sequence[Sequence[Path]], folder: Path) -> list[list[str]
 
 
 def _gain_interval(c: Comparison) -> tuple[float, float]:
-    return c.gain - Z * c.gain_standard_error, c.gain + Z * c.gain_standard_error
+    return c.gain - Z95 * c.gain_standard_error, c.gain + Z95 * c.gain_standard_error
 
 
 def _rows(of_models: Mapping[str, Comparison]) -> list[dict[str, Any]]:
@@ -102,7 +102,7 @@ def _rows(of_models: Mapping[str, Comparison]) -> list[dict[str, Any]]:
     for index, (name, c) in enumerate(of_models.items()):
         colour = index and 1 + (index - 1) % 5  # of the base, then five that come again
         mean = f"{_number(c.mean, '.4f')} ± {_number(c.standard_error, '.4f')}"
-        row = {"model": name, "colour": colour, "mean": mean, "gain": ""}
+        row = {"model": name, "colour": colour, "images": c.images, "mean": mean, "gain": ""}
         if not np.isnan(c.gain):
             low, high = _gain_interval(c)
             row |= {"gain": _number(c.gain, "+.4f"), "direction": {1: "up", -1: "down"}.get(_direction(c), "")}

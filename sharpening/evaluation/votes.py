@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from sharpening.errors import UserError, require
 from sharpening.evaluation.blind_study import key_name
+from sharpening.evaluation.comparison import Z95
 from sharpening.evaluation.report import aligned
 
 CHOICES = ("left", "right", "tie")
-Z = 1.96  # standard deviations to each side of a 95% interval
 
 
 class Ballot(NamedTuple):
@@ -85,8 +85,8 @@ def read_key(path: Path, ballot: Ballot, folder: Path | None) -> Mapping[str, An
 
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Bounds of the 95% score interval of a share of `count` trials (Wilson 1927)."""
-    centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * (share * (1 - share) / count + Z**2 / (4 * count**2)) ** 0.5
+    centre = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
+    half = Z95 / (1 + Z95**2 / count) * (share * (1 - share) / count + Z95**2 / (4 * count**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

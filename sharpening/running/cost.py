@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sharpening.running.launching import sum_over_ranks
+from sharpening.running.metric_names import PHASES
 
 if TYPE_CHECKING:
     from sharpening.rewards.calling import Reward
 
 COUNTED = ("rows_without_gradient", "rows_trained", "images_judged")
 TRAINED_ROW = 3  # forwards that a row costs which is trained on: its backward costs two
-PHASES = ("generation", "score", "reference", "train", "validation")
 
 
 class Cost:

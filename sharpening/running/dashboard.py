@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sharpening import pages
 from sharpening.errors import UserError, require
 from sharpening.files import write_aside
-from sharpening.running.metric_names import GROUPS, MEANING, grouped
+from sharpening.running.metric_names import GROUPS, MEANING, PHASES, grouped
 
 FILE = "metrics.jsonl"
-TEMPLATE = "templates/dashboard.html.jinja"
+TEMPLATE = Path(__file__).parent / "templates" / "dashboard.html.jinja"
 MOST_POINTS = 1500  # of a curve; longer ones become means of neighbours
 DIGITS = 6  # of a value
 AXES = {"steps": "cost/steps", "forwards": "cost/forwards", "seconds": "cost/seconds"}
@@ -34,9 +33,9 @@ TOGETHER = {
 }
 BANDS = {"reward/mean": "reward/spread", "validation/reward": "validation/reward_standard_error"}
 REFERENCES = {"preference/accuracy": 0.5, "preference/steps_won": 0.5}
-PHASES = ("generation", "score", "reference", "train", "other", "validation")
+SHOWN_PHASES = (*PHASES[:-1], "other", PHASES[-1])
 # What the page has as a table, as bars or as the band of another curve.
-UNCHARTED = {*AXES.values(), *(f"time/{phase}" for phase in PHASES), "validation/reward_standard_error"} | {
+UNCHARTED = {*AXES.values(), *(f"time/{phase}" for phase in SHOWN_PHASES), "validation/reward_standard_error"} | {
     f"cost/{name}" for name in ("rows_without_gradient", "rows_trained", "images_judged", "peak_memory_gib")
 }
 PICTURED = (
@@ -94,18 +93,25 @@ def _finite(value: float | None) -> float | None:
 
 
 def read_runs(paths: Iterable[Path]) -> list[Curves]:
-    """The curves of several runs, those of one name told apart by a number.
+    """The curves of several runs, named by the end of their paths that tells them apart.
 
     Raises:
-        UserError: as of `read_run`.
+        UserError: as of `read_run`, or one run is named twice.
     """
+    paths = [*paths]
     runs = [read_run(path) for path in paths]
-    seen: Counter[str] = Counter()
-    for index, run in enumerate(runs):
-        seen[run.name] += 1
-        if seen[run.name] > 1:
-            runs[index] = run._replace(name=f"{run.name} ({seen[run.name]})")
-    return runs
+    folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
+    for folder in folders:
+        require(folders.count(folder) == 1, f"{folder} is named twice; name each run once")
+    return [run._replace(name=_name(folder, folders)) for run, folder in zip(runs, folders, strict=True)]
+
+
+def _name(folder: Path, folders: Sequence[Path]) -> str:
+    """As much of the end of a folder's path as no other of the folders has."""
+    length = 1
+    while sum(other.parts[-length:] == folder.parts[-length:] for other in folders) > 1:
+        length += 1
+    return "/".join(folder.parts[-length:])
 
 
 def thinned(values: Sequence[float | None], every: int, last: bool) -> list[float | None]:
@@ -130,7 +136,7 @@ def page_data(runs: Sequence[Curves], against: str) -> dict[str, Any]:
         "axes": [{"name": name, "title": AXIS_TITLES[name]} for name in AXES],
         "runs": [_as_json(run) for run in runs],
         "groups": charts,
-        "phases": [{"name": phase, "meaning": MEANING[f"time/{phase}"]} for phase in PHASES],
+        "phases": [{"name": phase, "meaning": MEANING[f"time/{phase}"]} for phase in SHOWN_PHASES],
         "idle": idle,
     }
 
@@ -151,7 +157,7 @@ def _as_json(run: Curves) -> dict[str, Any]:
             "last": mean(rewards[-tenth:]),
             "validation": validated[-1] if validated else None,
         },
-        "phases": [mean(run.values.get(f"time/{phase}", [])) for phase in PHASES],
+        "phases": [mean(run.values.get(f"time/{phase}", [])) for phase in SHOWN_PHASES],
         # Where one line has no cost, because an earlier version wrote it, the run cannot be drawn over cost.
         "axes": {
             axis: None if None in run.values.get(name, [None]) else thinned(run.values[name], every, last=True)
@@ -184,14 +190,8 @@ def write_page(runs: Sequence[Curves], path: Path, against: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    import jinja2
-
-    template = files("sharpening.running").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(template).render(data=page_data(runs, against))
     try:
-        with write_aside(path) as aside:
-            aside.write_text(page, encoding="utf-8")
+        pages.write_page(path, TEMPLATE, data=page_data(runs, against))
     except OSError as error:
         raise UserError(f"--output {path} cannot be written ({error}); name another file") from error
 
@@ -212,6 +212,7 @@ def write_picture(runs: Sequence[Curves], path: Path, against: str, curves: Sequ
     lines_of = {curve: TOGETHER.get(curve, (curve,)) for curve in curves or PICTURED}
     if not curves:
         lines_of = {curve: lines for curve, lines in lines_of.items() if any(line in known for line in lines)}
+    require(bool(lines_of), "--picture: no run has a curve that is drawn unless told; name some by --curves")
     for curve, lines in lines_of.items():
         require(any(line in known for line in lines), f"--curves {curve}: no run has it; there are {', '.join(known)}")
     missing = [run.name for run in runs if None in run.values.get(axis, [None])]

@@ -6,6 +6,7 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 GROUPS = ("reward", "validation", "preference", "train", "time", "cost")
+PHASES = ("generation", "score", "reference", "train", "validation")  # of a step, in `time/`
 # `metrics.jsonl` keeps the names of the published code; trackers and the dashboard have every curve in a group.
 IN_GROUP = {
     "loss": "train/loss",

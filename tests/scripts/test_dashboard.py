@@ -83,13 +83,20 @@ def test_run_under_way_is_read_up_to_its_last_whole_line(tmp_path):
 
 def test_long_runs_become_means_of_neighbours(tmp_path):
     run = write_run(tmp_path / "run", steps=4000, gain=0, loss=lambda step: step % 2, lr=lambda step: math.nan)
-    page = dashboard.page_data(dashboard.read_runs([run, run]), "steps")
-    first, second = page["runs"]
-    assert [first["name"], second["name"]] == ["run", "run (2)"]
+    page = dashboard.page_data(dashboard.read_runs([run]), "steps")
+    (first,) = page["runs"]
     assert len(first["axes"]["steps"]) == len(first["curves"]["train/loss"]) == 1334
     assert first["axes"]["steps"][:2] == [3, 6] and first["axes"]["steps"][-1] == first["facts"]["steps"] == 4000
     assert first["curves"]["train/loss"][:2] == pytest.approx([2 / 3, 1 / 3], abs=1e-5)
     json.dumps(page, allow_nan=False)
+
+
+def test_runs_are_named_by_what_tells_them_apart(command, tmp_path, capsys):
+    """Both quickstarts write a folder `run`."""
+    runs = [write_run(tmp_path / name, steps=1) for name in ("sft/run", "rlhf/run", "other")]
+    assert [run.name for run in dashboard.read_runs(runs)] == ["sft/run", "rlhf/run", "other"]
+    assert command(runs[0], runs[0] / "metrics.jsonl", "--output", tmp_path / "page.html") == 2
+    assert "sft/run is named twice" in capsys.readouterr().err
 
 
 def test_page_needs_no_torch(tmp_path):
@@ -113,6 +120,10 @@ def test_picture_draws_the_curves_that_it_is_told(command, tmp_path, capsys):
         assert image.width > 400
     assert command(new, *words, "--curves", "reward/meen") == 2
     assert "--curves reward/meen: no run has it; there are " in capsys.readouterr().err
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert command(tmp_path / "bare", *words) == 2
+    assert "name some by --curves" in capsys.readouterr().err
     assert command(new, old, *words, "--against", "forwards") == 2
     assert "old has no cost/forwards; choose --against steps" in capsys.readouterr().err
 
@@ -169,3 +180,11 @@ def test_page_in_a_browser(command, visit, tmp_path):
     assert narrow.page.evaluate("document.documentElement.scrollWidth") == 400
     assert narrow.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 13, 13)"
     assert len(drawn(narrow.page, "reward/mean")) == 3 and narrow.errors == [] and narrow.requests == []
+
+
+def test_many_long_runs_are_drawn(command, visit, tmp_path):
+    """More points in a chart than a function of JavaScript may have arguments."""
+    runs = [write_run(tmp_path / f"run{number}", steps=1500, cost=False) for number in range(45)]
+    assert command(*runs, "--output", tmp_path / "page.html") == 0
+    tab = visit(tmp_path / "page.html")
+    assert len(drawn(tab.page, "reward/mean")) == 45 and tab.errors == []

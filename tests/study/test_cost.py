@@ -1,7 +1,5 @@
 """What an update costs is what its method needs."""
 
-import json
-
 import pytest
 
 from study import tasks
@@ -16,10 +14,10 @@ from study.cost import (
     SFT,
     compute_before,
     compute_per_update,
-    forwards_of,
     words,
 )
 from study.settings import DRAWN, EFFICIENT, PAIRS, PAIRS_OF_PATHS, PATHS, SAMPLES
+from tests.support.runs import metrics
 from tiny_world.shapes import study_captions
 
 DECODE = 0.62  # what decoding costs, in forwards of a row
@@ -74,10 +72,10 @@ def test_a_run_needs_what_was_planned(script, folder, tmp_path):
     # Branches that end below t = 0 cost less than planned.
     flags |= {} if script in (DDPO, D3PO) else {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 1e12}
     flags |= {} if script in (DDPO, D3PO) else {"timestep_bias_begin": 700}
-    command = ["-m", "study.counted", tmp_path / "rows.json", f"{script}.py"]
-    command += words({**flags, "output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"})
-    tasks.execute([*map(str, command)], tmp_path / "log.txt")
-    counted = forwards_of(json.loads((tmp_path / "rows.json").read_text()), DECODE)
+    command = words({**flags, "output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"})
+    tasks.execute([f"{script}.py", *command], tmp_path / "log.txt")
+    last = metrics(tmp_path / "run")[-1]
+    counted = last["cost/forwards"] + DECODE * last["cost/images_judged"]
     planned = 2 * compute_per_update(script, flags, DECODE)
     if script == DPO:  # of 4 prompts alone, the others are never met
         planned += compute_before(script, flags, DECODE) * 4 / len(study_captions())

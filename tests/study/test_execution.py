@@ -11,9 +11,10 @@ from PIL import Image
 
 from sharpening.errors import UserError
 from study import execution
+from study.cost import decode_cost
 from study.methods import METHODS
 from study.settings import METRICS, Size
-from tests.support.runs import ROOT
+from tests.support.runs import ROOT, metrics
 
 
 @pytest.mark.parametrize(
@@ -53,10 +54,10 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     out = tmp_path / "study"
     tables = (out / "tables.md").read_text()
     assert re.findall("^## (.*)$", tables, re.MULTILINE) == [
-        "Table 1: 1k forwards",
-        "Table 1: 2k forwards",
-        "Forwards to a held-out reward of 0.90",
-        "What was tried at 1k forwards (9 images)",
+        "Table 1: a compute of 1k",
+        "Table 1: a compute of 2k",
+        "Compute to a held-out reward of 0.90",
+        "What was tried at a compute of 1k (9 images)",
         "SFT sharpening against standard fine-tuning",
         "SFT, branches n (m = 1)",
         "RLHF on samples, branches n (m = 1)",
@@ -72,11 +73,16 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     for name in ("figure4", "figure5", "figure6", "branches_and_steps", "reward_by_compute"):
         with Image.open(out / f"{name}.png") as picture:
             assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
-    with (out / "tables" / "table_1_2k_forwards.csv").open() as file:
+    with (out / "tables" / "table_1_a_compute_of_2k.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["base", *METHODS]
-    counted = [float(row["forwards"].rstrip("k")) for row in rows[1:]]
-    assert max(counted) > 1 and min(counted) > 0.5
+    decode = decode_cost()
+    for row, method in zip(rows[1:], METHODS.values(), strict=True):
+        (run,) = (out / "runs").glob(f"{method.name}_lr*_2k_s0")
+        last = metrics(run / "model")[-1]
+        counted = last["cost/forwards"] + decode * last["cost/images_judged"]  # and none of its validation images
+        assert float(row["compute"].rstrip("k")) == pytest.approx(counted / 1000, abs=0.06)
+        assert 0.5 < float(row["compute"].rstrip("k")) < 2.3
     name = next(path.name for path in (out / "runs").glob("rlhf_efficient_*_2k_s0"))
     (out / "runs" / name / "finished.json").unlink()  # as if it had been interrupted
     markers = {path: path.stat().st_mtime_ns for path in out.glob("*/*/finished.json")}
