@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sharpening import pages
 from sharpening.errors import UserError, require
 from sharpening.files import write_aside
-from sharpening.running.metric_names import GROUPS, MEANING, PHASES, grouped
+from sharpening.running.metric_names import GROUPS, MEANING, PHASES, grouped, meaning
 
 FILE = "metrics.jsonl"
 TEMPLATE = Path(__file__).parent / "templates" / "dashboard.html.jinja"
@@ -174,7 +174,7 @@ def charts_of(names: Sequence[str], runs: Sequence[Curves]) -> tuple[list[dict[s
     titles = {name: title for title, pair in TOGETHER.items() for name in pair}
     charts: dict[str, dict[str, Any]] = {}
     for name in sorted(set(names) - set(idle) - UNCHARTED, key=lambda name: (place.get(name, len(place)), name)):
-        about = {"meaning": MEANING.get(name, ""), "band": BANDS.get(name), "reference": REFERENCES.get(name)}
+        about = {"meaning": meaning(name), "band": BANDS.get(name), "reference": REFERENCES.get(name)}
         title = titles.get(name, name)
         charts.setdefault(title, {"title": title, "lines": [], **about})["lines"].append(name)
     groups = [

@@ -59,6 +59,17 @@ MEANING = {
     "cost/peak_memory_gib": "GiB of the main process since its start: of the GPU, else of the host",
 }
 
+OF_PREFIX = {  # curves that a run has several of
+    "reward/component/": "each component of the reward, and its parts as `NAME/PART`, without weights",
+    "reward/scale/": "`--reward_scaling spread`: what a component is divided by",
+    "reward/timesteps_": "mean reward by the quarter of the timesteps in which branches start, q1 the cleanest",
+}
+
+
+def meaning(name: str) -> str:
+    """What a curve says; nothing of one that no run here writes."""
+    return MEANING.get(name) or next((says for start, says in OF_PREFIX.items() if name.startswith(start)), "")
+
 
 def grouped(metrics: Mapping[str, Value]) -> dict[str, Value]:
     """The same under the names that trackers have them by."""

@@ -2,7 +2,7 @@
 
 import re
 
-from sharpening.running.metric_names import GROUPS, IN_GROUP, MEANING
+from sharpening.running.metric_names import GROUPS, IN_GROUP, MEANING, OF_PREFIX
 from tests.support.runs import ROOT
 
 PAGE = ROOT / "docs" / "dashboards.md"
@@ -15,6 +15,8 @@ def test_table_of_curves_is_that_of_the_code():
     for name, meaning in MEANING.items():
         assert table[name] == (in_file.get(name, ""), meaning)
         assert name.partition("/")[0] in GROUPS
+    starts = tuple(f"`{start}" for start in OF_PREFIX)
+    assert [row[2] for row in cells if row[0].startswith(starts) and len(row) == 3] == [*OF_PREFIX.values()]
 
 
 def test_pictures_are_there_and_small():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -197,6 +198,11 @@ def test_curves_without_a_value_are_still_json_and_drawn(tmp_path):
     file.begin(0)
     file.append(1, good)
     assert tracking.plot_rewards(path, tmp_path / "curve.png")
+    file.begin(0)
+    file.append(1, good | {"cost/forwards": 10})
+    assert tracking.plot_rewards(path, tmp_path / "both.png")
+    widths = [Image.open(tmp_path / name).width for name in ("curve.png", "both.png")]
+    assert widths[1] == 2 * widths[0]  # over steps, and over forwards where the run has them
 
 
 def test_average_is_in_the_weights_within_and_never_on_the_host(tmp_path):
