@@ -5,7 +5,7 @@
     bash scripts/study.sh --quick         # the same plan with a handful of updates and images: does it all run?
 
 Tunes every method of table 1, trains every run with its script, judges every model with `scripts/evaluate.py`, and
-writes `tables.md` and the figures. What is done already is not done again; every run is one process with one
+writes tables, figures and `gallery.html`. What is done already is not done again; every run is one process with one
 thread, so that results do not depend on `--jobs`.
 """
 
@@ -165,12 +165,11 @@ def main(argv: Sequence[str]) -> int:
             others |= of(plan.other_groups(), size.images, "held_out_prompts.txt")
             seconds += evaluate_all(others, evaluation, args.jobs, "judge")
         report = Report(tuning, plan, size, output_dir, planner.decode)
-        tables = report.write_tables(args.table_1)
-        report.draw_figures(args.table_1)
+        tables = report.write(args.table_1)
     print(tables)
     took = time.perf_counter() - started
     print(f"{seconds / 3600:.2f} hours of one thread in all; this command took {took:.0f} s")
-    print(f"written to {output_dir}: tables.md, tables/*.csv and the figures")
+    print(f"written to {output_dir}: tables.md, tables/*.csv, the figures, and all of it in gallery.html")
     return 0
 
 

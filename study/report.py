@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharpening.files import write_aside
+from sharpening.pages import write_page
 from study.methods import EFFICIENT_RLHF, ON_IMAGES, THE_LETTER, Setting
 from study.plan import Plan, Run, Tuning, groups_of
 from study.settings import DATA, METRICS, Size
@@ -108,16 +109,18 @@ class Report:
         to be validated is not among them."""
         return self.curve(run, "cost/forwards") + self.decode * self.curve(run, "cost/images_judged")
 
-    def write_tables(self, only_first: bool) -> str:
-        """`tables.md`, whose text is returned, and each table as `tables/NAME.csv`."""
+    def write(self, only_first: bool) -> str:
+        """Redraw every table and figure from what runs and evaluations left: `tables.md`, whose text is returned, each
+        table as `tables/NAME.csv`, the figures, and all of it on one page, `gallery.html`."""
         tables = self._table_1() | self._tuning()
         if not only_first:
             tables |= self._settle() | self._sweeps() | self._selection() | self._searches()
-        parts = [LEGEND.format(seeds=len(self.size.seeds), images=self.size.images)]
-        (self.output_dir / "tables").mkdir(exist_ok=True)
+        legend = LEGEND.format(seeds=len(self.size.seeds), images=self.size.images)
+        parts, shown = [legend], []
         for title, (header, rows) in tables.items():
             parts += [f"## {title}", markdown(header, rows)]
             name = "_".join(re.findall(r"[a-z0-9]+", title.partition(" (")[0].lower()))
+            shown.append({"title": title, "file": f"{name}.csv", "header": header, "rows": rows})
             with (
                 write_aside(self.output_dir / "tables" / f"{name}.csv") as aside,
                 aside.open("w", encoding="utf-8", newline="") as file,
@@ -126,6 +129,9 @@ class Report:
         text = "\n\n".join(parts) + "\n"
         with write_aside(self.output_dir / "tables.md") as aside:
             aside.write_text(text)
+        figures = self._draw_figures(only_first)
+        template = Path(__file__).parent / "gallery.html.jinja"
+        write_page(self.output_dir / "gallery.html", template, legend=legend, figures=figures, tables=shown)
         return text
 
     def _table_1(self) -> Tables:
@@ -207,9 +213,9 @@ class Report:
             rows.append([label, f"{nfe:.0f}", f"{reward['mean']:.3f}", signed([reward]), signed([likeness])])
         return {f"Figure 5: search at inference ({self.size.search_images} images)": (header, rows)}
 
-    def draw_figures(self, only_first: bool) -> None:
+    def _draw_figures(self, only_first: bool) -> list[str]:
         """`reward_by_compute.png` of table 1, `figure4.png` to `figure6.png`, and `branches_and_steps.png` for tables
-        2 and 3."""
+        2 and 3; returns their names."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -226,6 +232,7 @@ class Report:
             figure.tight_layout()
             figure.savefig(self.output_dir / name, dpi=110)
             pyplot.close(figure)
+        return [*figures]
 
     def _validated(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
         """Updates at which held-out images were drawn, and their mean reward."""

@@ -73,6 +73,9 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     for name in ("figure4", "figure5", "figure6", "branches_and_steps", "reward_by_compute"):
         with Image.open(out / f"{name}.png") as picture:
             assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    page = (out / "gallery.html").read_text()
+    for name in [*(path.name for path in out.glob("*.png")), *(path.name for path in (out / "tables").iterdir())]:
+        assert name in page
     with (out / "tables" / "table_1_a_compute_of_2k.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["base", *METHODS]
