@@ -171,8 +171,9 @@ class Planner:
         """The same run with each seed; `options` are those of `run`."""
         return [self.run(name, script, seed, **options) for seed in seeds or self.size.seeds]
 
-    def of_table_1(self, method: Method, setting: Setting, budget: int, seed: int, shown: int = 0) -> Run:
-        """A method in a setting, on the prompts of table 1."""
+    def of_table_1(self, method: Method, setting: Setting, budget: int, seed: int) -> Run:
+        """A method in a setting, on table 1's prompts; the first seed of the largest budget is shown over time."""
+        shown = 10 if budget == max(self.size.budgets) and seed == self.size.seeds[0] else 0
         flags = {**setting.flags, "validation_prompts_file": self.output_dir / "judged_prompts.txt"}
         if method.script == SFT:
             flags["train_data_dir"] = self.output_dir / "shapes_study"
@@ -197,15 +198,11 @@ class Planner:
         return Tuning(tried)
 
     def table_1(self, chosen: Mapping[str, Setting]) -> dict[int, dict[str, list[Run]]]:
-        """Every method, in its chosen setting, at every budget; the largest is shown over time."""
+        """Every method, in its chosen setting, at every budget."""
         table: dict[int, dict[str, list[Run]]] = {}
         for budget in self.size.budgets:
-            largest = budget == max(self.size.budgets)
             table[budget] = {
-                label: [
-                    self.of_table_1(METHODS[label], setting, budget, seed, 10 if largest and seed == 0 else 0)
-                    for seed in self.size.seeds
-                ]
+                label: [self.of_table_1(METHODS[label], setting, budget, seed) for seed in self.size.seeds]
                 for label, setting in chosen.items()
             }
         return table

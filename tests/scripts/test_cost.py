@@ -164,7 +164,7 @@ def test_first_lines_name_the_preset_that_gained(train, flags, capsys):
     said = []
     for changes in ({}, {"reward_on": "sample", "latents_per_prompt": "n"}, {"preset": "efficient"}):
         assert train(flags(dry_run=True, **changes)) == 0
-        said.append("--preset=efficient gained" in capsys.readouterr().out)
+        said.append("--preset=efficient gained" in plan_of(capsys.readouterr().out).get("note", ""))
     assert said == [True, False, False]
 
 

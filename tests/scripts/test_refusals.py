@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 
 
@@ -248,6 +249,7 @@ RLHF_CASES = {
 )
 def test_refused_in_one_sentence(method, case, train, flags, world, tmp_path, capsys, request, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
+    wandb.teardown()  # it keeps the environment that it was first used in
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import wandb
 from accelerate import Accelerator
 from PIL import Image
 
@@ -29,6 +30,7 @@ def offline(train, flags, tmp_path):
     options = {"preset": "efficient", "num_noisy_latents": 3, "infer_steps": 2, "reward_on": "trajectory"}
     options |= {"reward_model": "shapes,jpeg_compressibility:0.1", "branch_image_steps": 1, "report_to": "wandb"}
     options |= {"validation_prompt": PROMPT, "validation_steps": 2, "validation_epochs": 0, "api_key": "sk-PLANTED"}
+    wandb.teardown()  # it keeps the environment that it was first used in, which may have been another test's
     assert train(flags(**options, base_url="http://localhost:1")) == 0
     return offline_run(tmp_path / "run")
 

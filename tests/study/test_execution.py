@@ -54,10 +54,9 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     out = tmp_path / "study"
     tables = (out / "tables.md").read_text()
     assert re.findall("^## (.*)$", tables, re.MULTILINE) == [
-        "Table 1: a compute of 1k",
         "Table 1: a compute of 2k",
         "Compute to a held-out reward of 0.90",
-        "What was tried at a compute of 1k (9 images)",
+        "What was tried at a compute of 2k (9 images)",
         "SFT sharpening against standard fine-tuning",
         "SFT, branches n (m = 1)",
         "RLHF on samples, branches n (m = 1)",
