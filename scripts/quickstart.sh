@@ -12,6 +12,10 @@ if [ -e "$OUT" ]; then
   exit 2
 fi
 started=$SECONDS
+JUDGED_BY=(--reward_model shapes)
+for word in "$@"; do  # another reward is judged by itself, and by what an image should show
+  case "$word" in --reward_model=*) JUDGED_BY=(--reward_model "${word#*=}" --metrics shapes) ;; esac
+done
 
 python tiny_world/make_shapes_dataset.py --output_dir "$OUT/shapes" --num_images 2000 --seed 1 \
   --held_out_prompts "$OUT/held_out_prompts.txt"
@@ -32,7 +36,7 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision n
   --output_dir="$OUT/run" "$@"
 
 python scripts/evaluate.py --models base=tiny_world/sdxl trained="$OUT/run" --prompts "$OUT/held_out_prompts.txt" \
-  --reward_model shapes --num_images 400 --guidance_scale 1 --batch_size 50 --output_dir "$OUT/evaluation"
+  "${JUDGED_BY[@]}" --num_images 400 --guidance_scale 1 --batch_size 50 --output_dir "$OUT/evaluation"
 echo "reward curve, against steps and forwards: $OUT/run/reward_curve.png"
 echo "images, to look at in a browser: $OUT/evaluation/report.html"
 echo "all curves: python scripts/dashboard.py $OUT/run"

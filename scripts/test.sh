@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, then the fast tests: 5 minutes on 2 cores after installation. --all runs every test: about 13.
+# Lint, then the fast tests: 5 minutes on 2 cores after installation. --all runs every test: about half an hour.
 # Further arguments go to pytest:
 #
 #   bash scripts/test.sh tests/rewards -k clip
