@@ -73,7 +73,7 @@ class Size:
 
 
 QUICK = Size(
-    budgets=(2000,), rate_factors=(1.0,), tuned=1, tuning_images=9, shown_images=4, updates=3,
+    budgets=(1000,), rate_factors=(1.0,), tuned=1, tuning_images=9, shown_images=4, updates=3,
     preference_updates=2, images=18, search_images=9, data=60, seeds=(0,), learning_rates=(5e-4,), sweep=(1, 2),
     search=(2,), reference_sets=1, batch=4, validation_images=4,
 )  # fmt: skip

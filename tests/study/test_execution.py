@@ -46,7 +46,7 @@ def test_a_folder_in_which_another_study_writes_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("two processes")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     command = [sys.executable, "-m", "study", "--quick", "--output_dir", str(tmp_path / "study")]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -54,9 +54,9 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     out = tmp_path / "study"
     tables = (out / "tables.md").read_text()
     assert re.findall("^## (.*)$", tables, re.MULTILINE) == [
-        "Table 1: a compute of 2k",
+        "Table 1: a compute of 1k",
         "Compute to a held-out reward of 0.90",
-        "What was tried at a compute of 2k (9 images)",
+        "What was tried at a compute of 1k (9 images)",
         "SFT sharpening against standard fine-tuning",
         "SFT, branches n (m = 1)",
         "RLHF on samples, branches n (m = 1)",
@@ -75,21 +75,21 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     page = (out / "gallery.html").read_text()
     for name in [*(path.name for path in out.glob("*.png")), *(path.name for path in (out / "tables").iterdir())]:
         assert name in page
-    with (out / "tables" / "table_1_a_compute_of_2k.csv").open() as file:
+    with (out / "tables" / "table_1_a_compute_of_1k.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["base", *METHODS]
     decode = decode_cost()
     for row, method in zip(rows[1:], METHODS.values(), strict=True):
-        (run,) = (out / "runs").glob(f"{method.name}_lr*_2k_s0")
+        (run,) = (out / "runs").glob(f"{method.name}_lr*_1k_s0")
         last = metrics(run / "model")[-1]
         counted = last["cost/forwards"] + decode * last["cost/images_judged"]  # and none of its validation images
         assert float(row["compute"].rstrip("k")) == pytest.approx(counted / 1000, abs=0.06)
-        assert 0.5 < float(row["compute"].rstrip("k")) < 2.3
-    name = next(path.name for path in (out / "runs").glob("rlhf_efficient_*_2k_s0"))
+        assert 0.25 < float(row["compute"].rstrip("k")) < 4
+    name = next(path.name for path in (out / "runs").glob("rlhf_efficient_*_1k_s0"))
     (out / "runs" / name / "finished.json").unlink()  # as if it had been interrupted
     markers = {path: path.stat().st_mtime_ns for path in out.glob("*/*/finished.json")}
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     again = {path.parent.name for path, then in markers.items() if path.stat().st_mtime_ns != then}
-    assert again == {"table1_2k_s0", "search_best_of_n"}  # the evaluations of the run that was done again
+    assert again == {"table1_1k_s0", "search_best_of_n"}  # the evaluations of the run that was done again
     assert (out / "tables.md").read_text() == tables
