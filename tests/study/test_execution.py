@@ -80,7 +80,8 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     assert [row["method"] for row in rows] == ["base", *METHODS]
     decode = decode_cost()
     for row, method in zip(rows[1:], METHODS.values(), strict=True):
-        (run,) = (out / "runs").glob(f"{method.name}_lr*_1k_s0")
+        setting = next(each for each in method.settings([1.0]) if each.words == row["setting"])
+        run = out / "runs" / f"{method.name}_{setting.name}_1k_s0"
         last = metrics(run / "model")[-1]
         counted = last["cost/forwards"] + decode * last["cost/images_judged"]  # and none of its validation images
         assert float(row["compute"].rstrip("k")) == pytest.approx(counted / 1000, abs=0.06)
@@ -91,5 +92,5 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     again = {path.parent.name for path, then in markers.items() if path.stat().st_mtime_ns != then}
-    assert again == {"table1_1k_s0", "search_best_of_n"}  # the evaluations of the run that was done again
+    assert again == {"tuning_1", "table1_1k_s0", "search_best_of_n"}  # evaluations of the run that was done again
     assert (out / "tables.md").read_text() == tables
