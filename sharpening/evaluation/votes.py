@@ -125,7 +125,6 @@ def count(files: Sequence[Path], folder: Path | None) -> int:
         UserError: a file is damaged, belongs to another study, or is a voter's second one.
     """
     ballots = [read_ballot(file) for file in files]
-    key = read_key(files[0], ballots[0], folder)
     voters: dict[str, Path] = {}
     for file, ballot in zip(files, ballots, strict=True):
         require(
@@ -138,7 +137,7 @@ def count(files: Sequence[Path], folder: Path | None) -> int:
             f"--votes {file} is of the same voter as {voters.get(ballot.voter)}; leave out the older one",
         )
         voters[ballot.voter] = file
-        read_key(file, ballot, folder)
+        key = read_key(file, ballot, folder)  # one study has one key
     print(table(preferences(key, ballots), len(ballots), len(key["pairs"])))
     return 0
 
