@@ -204,6 +204,7 @@ def load_reward(
     """
     import torch
 
+    from sharpening.progress import underway
     from sharpening.rewards.calling import Reward
 
     for flag in flags:
@@ -219,7 +220,11 @@ def load_reward(
         if cap is not None and number > 1:
             require(cap >= number, f"--mllm_max_calls is {cap}, but {number} {sharing} share it; raise it")
             options["mllm_max_calls"] = cap // number
-    return Reward(components, [_load_scorer(component, options) for component in components], failure)
+    scorers = []
+    for component in components:
+        with underway(f"loading the reward {component.target}"):
+            scorers.append(_load_scorer(component, options))
+    return Reward(components, scorers, failure)
 
 
 def _takers(flag: str) -> list[tuple[Callable[..., Any], str]]:

@@ -33,10 +33,13 @@ class Source:
         """
         optional = {"subfolder": subfolder, "variant": self.variant if "dtype" in options else None}
         options |= {name: value for name, value in optional.items() if value is not None}
+        from sharpening.progress import underway
+
         try:
-            loaded = model_class.from_pretrained(
-                self.name, revision=self.revision, cache_dir=self.cache_dir, **options
-            )
+            with underway(f"loading {subfolder or self.name}"):
+                loaded = model_class.from_pretrained(
+                    self.name, revision=self.revision, cache_dir=self.cache_dir, **options
+                )
             if getattr(loaded, "vocab_size", 10) < 10:
                 # transformers makes an empty tokenizer, without a word, when it finds no files or no connection.
                 raise OSError("it has no vocabulary")

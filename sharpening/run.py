@@ -32,6 +32,7 @@ from sharpening import flags, sdxl, sharding
 from sharpening.data.encoding_cache import CachedData, collate
 from sharpening.draws import Draws, DrawSampler, timestep_probabilities
 from sharpening.errors import Stop, require
+from sharpening.progress import underway
 from sharpening.rewards.calling import Reward, RewardError
 from sharpening.running import checkpoints, launching, optimization, publishing, tracking
 from sharpening.running.cost import Cost
@@ -434,7 +435,7 @@ class Run:
     def _write_result(self, unet: UNet2DConditionModel) -> None:
         """What was trained, a whole pipeline or an adapter, written aside first, and the curve of rewards."""
         args = self.args
-        with publishing.result_aside(self.output_dir) as partial:
+        with underway("saving the result"), publishing.result_aside(self.output_dir) as partial:
             if args.use_lora:
                 sdxl.save_lora(unet, partial)
             else:

@@ -78,8 +78,9 @@ def evaluate(models: Mapping[str, tuple[str | Path, str]], folder: Path, images:
 
 
 def train_all(runs: Sequence[Run], folder: Path, jobs: int, what: str) -> float:
-    """Train runs, the longest first; returns the seconds of one thread."""
-    runs = sorted(runs, key=lambda run: -run.compute)
+    """Train runs, of each seed the longest first, so that a study that is stopped has whole seeds; returns the seconds
+    of one thread."""
+    runs = sorted(runs, key=lambda run: (run.seed, -run.compute))
     print(f"{len(runs)} runs, {sum(run.compute for run in runs) / 1e6:.2f} million forwards of a row", flush=True)
     tasks = {run.key: partial(train, run, folder / run.key) for run in runs}
     return sum(in_parallel(jobs, tasks, what).values())

@@ -213,26 +213,30 @@ class Report:
             rows.append([label, f"{nfe:.0f}", f"{reward['mean']:.3f}", signed([reward]), signed([likeness])])
         return {f"Figure 5: search at inference ({self.size.search_images} images)": (header, rows)}
 
-    def _draw_figures(self, only_first: bool) -> list[str]:
+    def _draw_figures(self, only_first: bool) -> dict[str, str]:
         """`reward_by_compute.png` of table 1, `figure4.png` to `figure6.png`, and `branches_and_steps.png` for tables
-        2 and 3; returns their names."""
+        2 and 3; returns what each shows, by its name."""
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        figures = {"reward_by_compute.png": self._compute_figure, "figure6.png": self._figure_6}
+        figures = {
+            "reward_by_compute.png": ("Table 1: held-out reward against compute", self._compute_figure),
+            "figure6.png": ("Figure 6: the reward while training", self._figure_6),
+        }
         if not only_first:
             figures |= {
-                "figure4.png": self._figure_4, "figure5.png": self._figure_5,
-                "branches_and_steps.png": self._sweep_figure,
-            }  # fmt: skip
-        for name, draw in figures.items():
+                "figure4.png": ("Figure 4: SFT sharpening and standard fine-tuning", self._figure_4),
+                "figure5.png": ("Figure 5: search at inference", self._figure_5),
+                "branches_and_steps.png": ("Tables 2 and 3: branches and steps", self._sweep_figure),
+            }
+        for name, (_, draw) in figures.items():
             figure = draw()
             figure.tight_layout()
             figure.savefig(self.output_dir / name, dpi=110)
             pyplot.close(figure)
-        return [*figures]
+        return {name: title for name, (title, _) in figures.items()}
 
     def _validated(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
         """Updates at which held-out images were drawn, and their mean reward."""

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from sharpening.errors import NO_ROOM, UserError, first_line, reason
 from sharpening.files import write_aside
+from sharpening.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +78,11 @@ def _count_chunks(size: int) -> int:
     return -(-size // CHUNK)
 
 
-def _crc32(path: Path, chunks: Iterable[int]) -> list[int]:
+def _crc32(path: Path, chunks: Sequence[int]) -> list[int]:
     """The checksums of some chunks of a file; zlib lets go of the interpreter's lock meanwhile."""
     with path.open("rb") as file, ThreadPoolExecutor(CHECKING_THREADS) as pool:
-        return list(pool.map(lambda chunk: zlib.crc32(os.pread(file.fileno(), CHUNK, chunk * CHUNK)), chunks))
+        sums = pool.map(lambda chunk: zlib.crc32(os.pread(file.fileno(), CHUNK, chunk * CHUNK)), chunks)
+        return list(progress(sums, total=len(chunks), desc=f"checking {path.name}", unit="chunk", delay=1))
 
 
 def _damage(folder: Path) -> str:

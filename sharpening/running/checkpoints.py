@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from sharpening import sharding
 from sharpening.errors import UserError
 from sharpening.files import heed_umask
+from sharpening.progress import underway
 from sharpening.running.validation import averaged_weights
 from sharpening.running.writing import WriteError, all_wrote, attempt
 from sharpening.sdxl import load_lora, save_lora
@@ -226,11 +227,12 @@ def save_checkpoint(
 
     what, is_main = f"step {step}: the checkpoint", accelerator.is_main_process
     try:
-        all_wrote(attempt(what, begin) if is_main else "", hosts)
-        # On other machines this shows whether they share the folder, before any of them waits for another's part.
-        all_wrote(attempt(what, lambda: partial.mkdir(exist_ok=True)), hosts)
-        all_wrote(attempt(what, lambda: accelerator.save_state(str(partial))), hosts)
-        all_wrote(attempt(what, complete) if is_main else "", hosts)
+        with underway(f"saving {final.name}"):
+            all_wrote(attempt(what, begin) if is_main else "", hosts)
+            # On other machines this shows whether they share the folder, before any of them waits for another's part.
+            all_wrote(attempt(what, lambda: partial.mkdir(exist_ok=True)), hosts)
+            all_wrote(attempt(what, lambda: accelerator.save_state(str(partial))), hosts)
+            all_wrote(attempt(what, complete) if is_main else "", hosts)
     except WriteError:
         if is_main:
             with suppress(OSError):

@@ -33,3 +33,12 @@ def test_of_two_processes_one_shows_its_bar(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stderr.count("working: 100%") == 1
+
+
+def test_what_cannot_be_counted_is_named_while_it_lasts():
+    code = "from sharpening.progress import underway\nwith underway('loading unet'):\n    print('meanwhile', flush=True)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    before, after = result.stdout.split("meanwhile")
+    assert "loading unet ..." in before and after.strip(" \r\n") == ""

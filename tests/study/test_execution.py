@@ -75,6 +75,7 @@ def test_rehearsal_writes_every_table_and_figure_and_resumes(tmp_path):
     page = (out / "gallery.html").read_text()
     for name in [*(path.name for path in out.glob("*.png")), *(path.name for path in (out / "tables").iterdir())]:
         assert name in page
+    assert '<h2 id="figure6.png">Figure 6: the reward while training</h2>' in page
     with (out / "tables" / "table_1_a_compute_of_1k.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["base", *METHODS]
