@@ -36,7 +36,9 @@ def test_of_two_processes_one_shows_its_bar(tmp_path):
 
 
 def test_what_cannot_be_counted_is_named_while_it_lasts():
-    code = "from sharpening.progress import underway\nwith underway('loading unet'):\n    print('meanwhile', flush=True)"
+    code = (
+        "from sharpening.progress import underway\nwith underway('loading unet'):\n    print('meanwhile', flush=True)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
