@@ -1,4 +1,5 @@
-"""Metrics of the study: the three parts of the reward that is trained on, and likeness to drawings, which is not."""
+"""Metrics of the study: the three parts of the reward that is trained on, likeness to drawings, which is not, and the
+match with templates, which is not in the world of signs."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiny_world import shapes
+from tiny_world import shapes, signs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,3 +56,13 @@ def likeness(images: Tensor, prompts: list[str]) -> Tensor:
         for row, prompt in zip(flat, prompts, strict=True)
     ]
     return -torch.stack(nearest) / flat.shape[1] ** 0.5
+
+
+def template_match(images: Tensor, prompts: list[str]) -> Tensor:
+    """Right number, ink and sign by drawn templates, (B,) in [0, 1]; images (B, 3, H, W) in [0, 1] of the signs world.
+
+    Shares nothing with the reward of that world but the prompt, as `likeness` does in the world of shapes.
+    """
+    import torch
+
+    return torch.from_numpy(signs.template_match(images.permute(0, 2, 3, 1).numpy(), prompts))

@@ -52,6 +52,29 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def curve(model: Path, name: str) -> np.ndarray:
+    """A curve of the `metrics.jsonl` in a run's folder; steps without a value are left out."""
+    from sharpening.running.tracking import read_metrics
+
+    return np.array([line[name] for line in read_metrics(model / "metrics.jsonl") if name in line])
+
+
+def counted(model: Path, decode: float) -> np.ndarray:
+    """Forwards of a row that a run had needed after each of its updates, as it counted them by hooks; what it drew to
+    be validated is not among them. decode: what decoding a latent costs, in such forwards."""
+    return curve(model, "cost/forwards") + decode * curve(model, "cost/images_judged")
+
+
+def diversity(folder: Path) -> float:
+    """Standard deviation of a pixel over the images of one prompt, a mean over pixels and prompts, in [0, 1]."""
+    from PIL import Image
+
+    files = sorted(folder.glob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(file), dtype=np.float32) / 255 for file in files])
+    of_prompt = np.array([file.stem.rpartition("-")[2] for file in files])
+    return float(np.mean([pixels[of_prompt == prompt].std(0).mean() for prompt in np.unique(of_prompt)]))
+
+
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Running means; shorter by window - 1."""
     return np.convolve(values, np.ones(window) / window, mode="valid")
@@ -89,25 +112,16 @@ class Report:
         return [self.judged(self._group_of[run.key], run.key, metric) for run in runs]
 
     def diversity(self, group: str, name: str) -> float:
-        """Standard deviation of a pixel over the images of one prompt, a mean over pixels and prompts, in [0, 1]."""
-        from PIL import Image
-
-        files = sorted(Path(self.summary(group)["models"][name]["images"]).glob("*.png"))
-        pixels = np.stack([np.asarray(Image.open(file), dtype=np.float32) / 255 for file in files])
-        of_prompt = np.array([file.stem.rpartition("-")[2] for file in files])
-        return float(np.mean([pixels[of_prompt == prompt].std(0).mean() for prompt in np.unique(of_prompt)]))
+        """`diversity` of a model's images."""
+        return diversity(Path(self.summary(group)["models"][name]["images"]))
 
     def curve(self, run: Run, name: str) -> np.ndarray:
-        """A curve of `metrics.jsonl`; steps without a value are left out."""
-        from sharpening.running.tracking import read_metrics
-
-        lines = read_metrics(self.output_dir / "runs" / run.key / "model" / "metrics.jsonl")
-        return np.array([line[name] for line in lines if name in line])
+        """`curve` of a run."""
+        return curve(self.output_dir / "runs" / run.key / "model", name)
 
     def counted(self, run: Run) -> np.ndarray:
-        """Forwards of a row that a run had needed after each of its updates, as it counted them by hooks; what it drew
-        to be validated is not among them."""
-        return self.curve(run, "cost/forwards") + self.decode * self.curve(run, "cost/images_judged")
+        """`counted` of a run."""
+        return counted(self.output_dir / "runs" / run.key / "model", self.decode)
 
     def write(self, only_first: bool) -> str:
         """Redraw every table and figure from what runs and evaluations left: `tables.md`, whose text is returned, each

@@ -1,12 +1,14 @@
-"""Write the captioned-shapes data set as an ordinary image folder: PNG files and a metadata.jsonl.
+"""Write a data set of captioned shapes, or signs, as an ordinary image folder: PNG files and a metadata.jsonl.
 
     python tiny_world/make_shapes_dataset.py --output_dir outputs/shapes --num_images 2000
     python tiny_world/make_shapes_dataset.py --pairs outputs/pairs --num_images 1000
     python tiny_world/make_shapes_dataset.py --held_out_prompts held_out.txt --training_prompts prompts.txt
+    python tiny_world/make_shapes_dataset.py --world signs --output_dir outputs/signs --num_images 4000
 
 The first loads with `datasets.load_dataset("imagefolder", data_dir=...)` and with `--train_data_dir` of the training
 scripts; the second holds compared pairs in the columns of Pick-a-Pic, for `baselines/diffusion_dpo_dataset.py`; the
-third writes the prompts that no fine-tuning set contains, and those that one may, one per line.
+third writes the prompts that no fine-tuning set contains, and those that one may, one per line. `--world signs` writes
+the same of the second world (`tiny_world/signs.py`).
 """
 
 import io
@@ -23,20 +25,9 @@ from PIL import Image
 from sharpening.errors import UserError, exit_status, require
 from sharpening.files import write_aside
 from sharpening.flags import Flag, parse
-from tiny_world.shapes import (
-    all_captions,
-    draw,
-    held_out_captions,
-    judged_captions,
-    study_captions,
-    training_captions,
-    wrong_caption,
-)
+from tiny_world.worlds import WORLDS
 
-CAPTION_SETS = {
-    "training": training_captions, "all": all_captions, "held_out": held_out_captions, "judged": judged_captions,
-    "study": study_captions,
-}  # fmt: skip
+CAPTION_SETS = tuple(sorted(WORLDS["shapes"].captions))
 FLAGS = (
     Flag("output_dir", "new or empty folder for the images and metadata.jsonl", Path),
     Flag("pairs", "new or empty folder for compared pairs, in the columns of Pick-a-Pic", Path, metavar="FOLDER"),
@@ -44,7 +35,8 @@ FLAGS = (
     Flag("seed", "of places, sizes and wrong captions", int, 0, "[0, inf)"),
     Flag("size", "width and height in pixels; below 16 no shape can be recognised", int, 32, "[16, inf)"),
     Flag("wrong_fraction", "share of images with a wrong caption", float, 0.0, "[0, 1]"),
-    Flag("captions", "which captions", default="training", choices=tuple(sorted(CAPTION_SETS))),
+    Flag("world", "of shapes or of signs", default="shapes", choices=tuple(WORLDS)),
+    Flag("captions", "which captions", default="training", choices=CAPTION_SETS),
     Flag("held_out_prompts", "write the held-out prompts here, one per line", Path, metavar="FILE"),
     Flag("training_prompts", "write all other prompts here, one per line", Path, metavar="FILE"),
 )
@@ -57,11 +49,12 @@ def write_dataset(
     size: int = 32,
     wrong_fraction: float = 0.0,
     captions: str = "training",
+    world: str = "shapes",
 ) -> None:
     """Write `num_images` drawings, `size` pixels square, with their captions, in a folder that is whole or absent.
 
-    Captions are spread evenly over the chosen set. `wrong_fraction` of the images show another colour, another shape,
-    or both, than their caption says.
+    Captions are spread evenly over the chosen set. `wrong_fraction` of the images show another colour, another shape
+    (or number), or both, than their caption says.
 
     Raises:
         UserError: the folder holds something, or cannot be written.
@@ -69,7 +62,7 @@ def write_dataset(
     output_dir = Path(output_dir)
     _require_empty("output_dir", output_dir)
     rng = np.random.default_rng(seed)
-    texts = _shuffled(captions, num_images, rng)
+    texts = _shuffled(world, captions, num_images, rng)
     wrong = np.zeros(num_images, dtype=bool)
     wrong[: round(num_images * wrong_fraction)] = True
     rng.shuffle(wrong)
@@ -78,18 +71,25 @@ def write_dataset(
             aside.mkdir()
             with (aside / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
                 for index, text in enumerate(texts):
-                    shown = wrong_caption(text, rng) if wrong[index] else text
+                    shown = WORLDS[world].wrong_caption(text, rng) if wrong[index] else text
                     name = f"{index:06d}.png"
-                    draw(shown, rng, size).save(aside / name)
+                    WORLDS[world].draw(shown, rng, size).save(aside / name)
                     metadata.write(json.dumps({"file_name": name, "text": text}) + "\n")
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be written ({error}); name another folder.") from error
 
 
-def write_pairs(folder: str | Path, count: int, seed: int = 0, size: int = 32, captions: str = "training") -> None:
+def write_pairs(
+    folder: str | Path,
+    count: int,
+    seed: int = 0,
+    size: int = 32,
+    captions: str = "training",
+    world: str = "shapes",
+) -> None:
     """Write `count` pairs of drawings as a parquet file with the columns of Pick-a-Pic, in a folder that is whole or
-    absent: one shows its caption, the other another colour, another shape, or both. Every tenth pair is a tie of two
-    right drawings.
+    absent: one shows its caption, the other another colour, another shape (or number), or both. Every
+    tenth pair is a tie of two right drawings.
 
     Raises:
         UserError: the folder holds something, or cannot be written.
@@ -97,10 +97,12 @@ def write_pairs(folder: str | Path, count: int, seed: int = 0, size: int = 32, c
     folder = Path(folder)
     _require_empty("pairs", folder)
     rng = np.random.default_rng(seed)
-    columns: dict[str, list] = {"jpg_0": [], "jpg_1": [], "label_0": [], "caption": _shuffled(captions, count, rng)}
-    for index, text in enumerate(columns["caption"]):
+    texts = _shuffled(world, captions, count, rng)
+    columns: dict[str, list] = {"jpg_0": [], "jpg_1": [], "label_0": [], "caption": texts}
+    for index, text in enumerate(texts):
         tie, first_is_best = index % 10 == 9, bool(rng.integers(2))
-        right, other = draw(text, rng, size), draw(text if tie else wrong_caption(text, rng), rng, size)
+        right = WORLDS[world].draw(text, rng, size)
+        other = WORLDS[world].draw(text if tie else WORLDS[world].wrong_caption(text, rng), rng, size)
         columns["jpg_0"].append(_encoded(right if first_is_best else other))
         columns["jpg_1"].append(_encoded(other if first_is_best else right))
         columns["label_0"].append(0.5 if tie else float(first_is_best))
@@ -117,9 +119,9 @@ def _require_empty(flag: str, folder: Path) -> None:
     require(empty, f"--{flag} {folder} already holds something; name a new or an empty folder.")
 
 
-def _shuffled(captions: str, count: int, rng: np.random.Generator) -> list[str]:
+def _shuffled(world: str, captions: str, count: int, rng: np.random.Generator) -> list[str]:
     """Captions of a set, each as often as the others or once more, in random order."""
-    choices = CAPTION_SETS[captions]()
+    choices = WORLDS[world].captions[captions]()
     texts = [choices[index % len(choices)] for index in range(count)]
     rng.shuffle(texts)
     return texts
@@ -131,8 +133,8 @@ def _encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_prompts(path: str | Path, captions: str) -> None:
-    """Write the captions of a set, "training" (45) or "held_out" (9), to a text file, one per line.
+def write_prompts(path: str | Path, captions: str, world: str = "shapes") -> None:
+    """Write the captions of a set of a world, such as "training" or "held_out", to a text file, one per line.
 
     Raises:
         UserError: the file cannot be written.
@@ -140,7 +142,7 @@ def write_prompts(path: str | Path, captions: str) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(CAPTION_SETS[captions]()) + "\n", encoding="utf-8")
+        path.write_text("\n".join(WORLDS[world].captions[captions]()) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--{captions}_prompts {path} cannot be written ({error}); name another file.") from error
 
@@ -151,21 +153,22 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: naming the flag and the remedy.
     """
-    args = parse("Write the captioned-shapes data set as an image folder.", {"shapes": FLAGS}, argv)
+    args = parse("Write a captioned data set of a tiny world as an image folder.", {"data set": FLAGS}, argv)
     require(
         bool(args.output_dir or args.pairs or args.held_out_prompts or args.training_prompts),
         "name something to write: --output_dir for images, --pairs, --held_out_prompts or --training_prompts.",
     )
     if args.output_dir is not None:
-        write_dataset(args.output_dir, args.num_images, args.seed, args.size, args.wrong_fraction, args.captions)
+        options = (args.num_images, args.seed, args.size, args.wrong_fraction, args.captions, args.world)
+        write_dataset(args.output_dir, *options)
         print(f"{args.num_images} images of {args.size} px ({args.captions} captions) in {args.output_dir}")
     if args.pairs is not None:
-        write_pairs(args.pairs, args.num_images, args.seed, args.size, args.captions)
+        write_pairs(args.pairs, args.num_images, args.seed, args.size, args.captions, args.world)
         print(f"{args.num_images} pairs of images of {args.size} px ({args.captions} captions) in {args.pairs}")
     for captions, path in (("held_out", args.held_out_prompts), ("training", args.training_prompts)):
         if path is not None:
-            write_prompts(path, captions)
-            print(f"{len(CAPTION_SETS[captions]())} {captions.replace('_', '-')} prompts in {path}")
+            write_prompts(path, captions, args.world)
+            print(f"{len(WORLDS[args.world].captions[captions]())} {captions.replace('_', '-')} prompts in {path}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Build a tiny SDXL out of the real pipeline classes: with random weights for tests, or trained on the shapes world.
+"""Build a tiny SDXL out of the real pipeline classes: with random weights for tests, or trained on a tiny world.
 
     python tiny_world/make_tiny_sdxl.py --output_dir outputs/random_sdxl --random
 
@@ -9,10 +9,12 @@
 The second pair remakes the copy kept in `tiny_world/sdxl`. Its captions are wrong for 40% of the images, so that it
 draws well and follows prompts badly: that is the room in which sharpening is studied. It is trained as any latent
 diffusion model is, by plain diffusers code: the VAE, then the UNet on its latents; the text encoders stay random,
-which suffices to tell 54 captions apart.
+which suffices to tell 54 captions apart. With `--world signs` for both commands, and images of its own, the model
+draws the signs of `tiny_world/signs.py`; `python -m study.signs` makes that one.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -29,17 +31,19 @@ from tqdm.auto import tqdm
 
 from sharpening.errors import UserError, exit_status, require
 from sharpening.flags import Flag, parse
-from tiny_world.shapes import all_captions, draw, score
 from tiny_world.tiny_sdxl import SIZE, build_random_sdxl, make_pipeline, save_pipeline
+from tiny_world.worlds import WORLDS
 
 FLAGS = (
     Flag("output_dir", "new or empty folder for the pipeline", Path, required=True),
     Flag("random", "save random weights and stop", bool, False),
+    Flag("world", "whose words the tokenizers know", default="shapes", choices=tuple(WORLDS)),
     Flag("dataset", "or train on this image folder of 32 px images", metavar="DIR"),
     Flag("seed", "of all that is random", int, 0),
     Flag("vae_steps", "training steps of the autoencoder", int, 1500, "[1, inf)"),
     Flag("unet_steps", "training steps of the UNet", int, 2200, "[1, inf)"),
     Flag("threads", "CPU threads; another number rounds sums differently", int, 2, "[1, inf)"),
+    Flag("num_images", "how many images to judge it by, twice", int, 400, "[2, inf)"),
     Flag("grid", "write sample images of all captions here", metavar="PNG"),
 )
 
@@ -119,6 +123,21 @@ def standardise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
 
 
 @torch.no_grad()
+def standardise_pooled(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> None:
+    """Give the pooled features of distinct captions zero mean, and unit standard deviation over all of them.
+
+    Those of a random encoder differ by a few percent of what they have in common, too little to learn many words from.
+    The mean moves into the bias of the norm before the projection, the deviation into the projection.
+    """
+    encoder, distinct = pipeline.text_encoder_2, sorted(set(captions))
+    ids = pipeline.tokenizer_2(distinct, padding="max_length", return_tensors="pt").input_ids
+    states = encoder(ids).last_hidden_state  # (K, 77, P), behind the norm
+    ends = (ids == encoder.config.eos_token_id).int().argmax(dim=1)
+    encoder.text_model.final_layer_norm.bias -= states[torch.arange(len(ids)), ends].mean(dim=0)
+    encoder.text_projection.weight /= encoder(ids).text_embeds.std()
+
+
+@torch.no_grad()
 def encode_captions(
     pipeline: StableDiffusionXLPipeline, captions: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,16 +194,19 @@ def round_to_half(module: torch.nn.Module) -> None:
 
 
 def train_sdxl(
-    dataset: str | Path, seed: int = 0, vae_steps: int = 1500, unet_steps: int = 2200
+    dataset: str | Path, seed: int = 0, vae_steps: int = 1500, unet_steps: int = 2200, world: str = "shapes"
 ) -> StableDiffusionXLPipeline:
     """Train a tiny SDXL on an image folder of 32 px images; the same seed and thread count give the same weights."""
     images, captions = load_image_folder(dataset)
-    pipeline = make_pipeline(seed, small=False)
+    pipeline = make_pipeline(seed, small=False, world=world)
     torch.manual_seed(seed)
     train_vae(pipeline.vae, images, vae_steps)
     standardise_latents(pipeline.vae, images)
     round_to_half(pipeline.vae)
-    print(f"autoencoder: clean drawings score {reconstruction_score(pipeline.vae):.4f} after a round trip", flush=True)
+    kept = reconstruction_score(pipeline.vae, world)
+    print(f"autoencoder: clean drawings score {kept:.4f} after a round trip", flush=True)
+    if world == "signs":  # the shapes in the tree are drawn by a model without it
+        standardise_pooled(pipeline, captions)
     train_unet(pipeline, images, captions, unet_steps)
     round_to_half(pipeline.unet)
     return pipeline
@@ -216,13 +238,13 @@ def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> np.ndarray:
     return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def reconstruction_score(vae: AutoencoderKL) -> float:
+def reconstruction_score(vae: AutoencoderKL, world: str = "shapes") -> float:
     """Mean score of fresh clean drawings of all captions after encoding and decoding."""
     rng = np.random.default_rng(0)
-    captions = all_captions() * 2
-    drawings = np.stack([np.asarray(draw(caption, rng, SIZE)) for caption in captions])
+    captions = WORLDS[world].captions["all"]() * 2
+    drawings = np.stack([np.asarray(WORLDS[world].draw(caption, rng, SIZE)) for caption in captions])
     images = torch.from_numpy(drawings).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    return float(score(reconstruct(vae, images), captions).mean())
+    return float(WORLDS[world].score(reconstruct(vae, images), captions).mean())
 
 
 def write_grid(path: str | Path, images: np.ndarray, columns: int, scale: int = 2) -> None:
@@ -231,14 +253,15 @@ def write_grid(path: str | Path, images: np.ndarray, columns: int, scale: int = 
     save_image(F.interpolate(pixels, scale_factor=scale), path, nrow=columns, padding=0)
 
 
-def report(pipeline: StableDiffusionXLPipeline, num_images: int = 400, grid: str | Path | None = None) -> None:
-    """Print the mean score over all captions, without guidance and with a scale of 3; write both as one grid."""
-    choices = all_captions()
+def report(pipeline: StableDiffusionXLPipeline, world: str, num_images: int, grid: str | Path | None = None) -> None:
+    """Print the mean score over the captions, without guidance and with a scale of 3; write both as one grid."""
+    choices = WORLDS[world].captions["all"]()
+    choices = choices[:: math.ceil(len(choices) / num_images)]  # spread over all of them
     captions = [choices[i % len(choices)] for i in range(num_images)]
     grids = []
     for guidance_scale in (1.0, 3.0):  # SDXL's pipeline guides only above 1
         images = sample(pipeline, captions, guidance_scale)
-        scores = score(images, captions)
+        scores = WORLDS[world].score(images, captions)
         error = scores.std(ddof=1) / np.sqrt(num_images)
         print(f"guidance {guidance_scale:g}: score {scores.mean():.4f} +- {error:.4f} (s.e., {num_images} images)")
         grids.append(images[: len(choices)])
@@ -252,22 +275,22 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: naming the flag and the remedy.
     """
-    args = parse("Build a tiny SDXL, random or trained on the shapes world.", {"tiny SDXL": FLAGS}, argv)
+    args = parse("Build a tiny SDXL, random or trained on a tiny world.", {"tiny SDXL": FLAGS}, argv)
     require(args.random != bool(args.dataset), "give one of --random and --dataset DIR, a folder to train on")
     require(
         not args.output_dir.exists() or (args.output_dir.is_dir() and not any(args.output_dir.iterdir())),
         f"--output_dir {args.output_dir} already holds something; name a new or an empty folder.",
     )
     if args.random:
-        build_random_sdxl(args.output_dir, args.seed)
+        build_random_sdxl(args.output_dir, args.seed, world=args.world)
         return 0
     torch.set_num_threads(args.threads)
     started = time.perf_counter()
-    pipeline = train_sdxl(args.dataset, args.seed, args.vae_steps, args.unet_steps)
+    pipeline = train_sdxl(args.dataset, args.seed, args.vae_steps, args.unet_steps, args.world)
     save_pipeline(pipeline, args.output_dir)
     megabytes = sum(file.stat().st_size for file in args.output_dir.rglob("*") if file.is_file()) / 1e6
     print(f"{args.output_dir}: {megabytes:.2f} MB, trained in {time.perf_counter() - started:.0f} s")
-    report(pipeline, grid=args.grid)
+    report(pipeline, args.world, args.num_images, args.grid)
     return 0
 
 

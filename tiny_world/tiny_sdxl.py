@@ -9,10 +9,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, U
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sharpening.files import write_aside
-from tiny_world.shapes import BACKGROUNDS, COLOURS, SHAPES
+from tiny_world.worlds import WORLDS
 
 SIZE = 32  # pixels; the VAE halves this twice, so the UNet works on 8 x 8 latents
-WORDS = ("a", "on", "background", *COLOURS, *SHAPES, *BACKGROUNDS)
 SETTINGS = {"force_zeros_for_empty_prompt": True, "add_watermarker": False}  # the first as SDXL base has it
 
 
@@ -36,10 +35,10 @@ def _apply_merges(word: str, merges: list[tuple[str, str]]) -> list[str]:
     return pieces
 
 
-def make_tokenizer(pad_token: str) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the grammar is one token and any other text falls into bytes."""
+def make_tokenizer(pad_token: str, world: str = "shapes") -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of a world is one token and any other text falls into bytes."""
     merges: list[tuple[str, str]] = []
-    for word in WORDS:
+    for word in WORLDS[world].words:
         # A new merge ranks last, so it cannot take a piece away from a word that is whole already.
         while len(pieces := _apply_merges(word, merges)) > 1:
             merges.append((pieces[0], pieces[1]))
@@ -83,7 +82,9 @@ def _scale_up(text_encoder: CLIPTextModel | CLIPTextModelWithProjection) -> None
                 weight.normal_(std=weight.shape[1] ** -0.5)
 
 
-def make_pipeline(seed: int = 0, small: bool = True, prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
+def make_pipeline(
+    seed: int = 0, small: bool = True, prediction_type: str = "epsilon", world: str = "shapes"
+) -> StableDiffusionXLPipeline:
     """A random-weight SDXL on 32 px images, float32: UNet of 0.26M parameters if `small`, else the 2.6M to be trained.
 
     Both have SDXL's structure: two text encoders whose penultimate features are concatenated, pooled features and time
@@ -94,7 +95,7 @@ def make_pipeline(seed: int = 0, small: bool = True, prediction_type: str = "eps
         widths = {"text": (64, 64), "unet": (64, 96), "vae": (16, 32, 32), "groups": 16, "head": 32}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer, tokenizer_2 = make_tokenizer("<|endoftext|>"), make_tokenizer("!")
+        tokenizer, tokenizer_2 = make_tokenizer("<|endoftext|>", world), make_tokenizer("!", world)
         first, second = widths["text"]
         text_encoder = CLIPTextModel(text_config(tokenizer, first, 2, "quick_gelu"))
         text_encoder_2 = CLIPTextModelWithProjection(text_config(tokenizer_2, second, 2, "gelu"))
@@ -155,9 +156,11 @@ def make_pipeline(seed: int = 0, small: bool = True, prediction_type: str = "eps
     return pipeline
 
 
-def build_random_sdxl(path: str | Path, seed: int = 0, small: bool = True, prediction_type: str = "epsilon") -> None:
+def build_random_sdxl(
+    path: str | Path, seed: int = 0, small: bool = True, prediction_type: str = "epsilon", world: str = "shapes"
+) -> None:
     """Save a random-weight tiny SDXL (see `make_pipeline`) as a pipeline folder at `path`, in about a second."""
-    make_pipeline(seed, small, prediction_type).save_pretrained(path)
+    make_pipeline(seed, small, prediction_type, world).save_pretrained(path)
 
 
 def save_pipeline(pipeline: StableDiffusionXLPipeline, output_dir: Path) -> None:

@@ -84,14 +84,15 @@ class OCRReward:
         return "\n".join(lines or ())
 
 
-def check_installed() -> None:
-    """Refuse to go on without RapidOCR.
+def check_installed(reward: str = "ocr") -> None:
+    """Refuse to go on without RapidOCR, which the named reward reads with.
 
     Raises:
         UserError: naming what is missing and how to install it.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    require(not missing, f"--reward_model ocr needs {' and '.join(missing)}; install it with pip install -e '.[ocr]'")
+    remedy = "install it with pip install -e '.[ocr]'"
+    require(not missing, f"--reward_model {reward} needs {' and '.join(missing)}; {remedy}")
 
 
 def quoted(prompt: str) -> str:

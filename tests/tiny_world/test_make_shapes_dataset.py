@@ -10,6 +10,7 @@ from PIL import Image
 
 from sharpening.errors import UserError
 from tests.support.runs import ROOT
+from tiny_world import signs
 from tiny_world.make_shapes_dataset import main
 from tiny_world.shapes import held_out_captions, score, training_captions
 
@@ -38,6 +39,19 @@ def test_the_wrong_fraction_and_the_seed_are_kept(tmp_path):
     assert (score(images, [row["text"] for row in rows]) < 0.8).sum() == 40
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+
+
+def test_the_world_of_signs_is_written_alike(tmp_path):
+    flags = ["--world", "signs", "--num_images", "30", "--wrong_fraction", "0.4", "--captions", "study"]
+    prompts = ["--held_out_prompts", str(tmp_path / "held_out.txt"), "--pairs", str(tmp_path / "pairs")]
+    assert main(["--output_dir", str(tmp_path / "signs"), *flags, *prompts]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "signs" / "metadata.jsonl").read_text().splitlines()]
+    images = np.stack([np.asarray(Image.open(tmp_path / "signs" / row["file_name"])) for row in rows]) / 255.0
+    captions = [row["text"] for row in rows]
+    assert set(captions) <= set(signs.study_captions())
+    assert (signs.template_match(images, captions) < 0.7).sum() == 12
+    assert (tmp_path / "held_out.txt").read_text().splitlines() == signs.held_out_captions()
+    assert (tmp_path / "pairs" / "train.parquet").exists()
 
 
 def test_pairs_have_the_columns_of_pick_a_pic_and_labels_that_are_true(tmp_path):

@@ -5,16 +5,19 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from sharpening.errors import UserError
 from tests.support.runs import ROOT
-from tiny_world import make_shapes_dataset
+from tiny_world import make_shapes_dataset, signs
 from tiny_world.make_tiny_sdxl import (
+    encode_captions,
     encode_images,
     main,
     reconstruct,
     reconstruction_score,
     standardise_latents,
+    standardise_pooled,
     train_sdxl,
     write_grid,
 )
@@ -34,6 +37,18 @@ def test_standardising_latents_keeps_every_reconstruction():
     np.testing.assert_allclose(reconstruct(vae, images), before, atol=1e-5)
     np.testing.assert_allclose(latents.mean(dim=(0, 2, 3)), 0.0, atol=1e-3)
     np.testing.assert_allclose(latents.std(), 1.0, atol=1e-2)
+
+
+def test_standardised_pooled_features_say_every_word_of_a_number():
+    pipeline, captions = make_pipeline(world="signs"), signs.all_captions()
+    standardise_pooled(pipeline, captions)
+    _, pooled, rows = encode_captions(pipeline, captions)
+    pooled = pooled[rows]  # (N, P)
+    np.testing.assert_allclose(pooled.mean(dim=0), 0.0, atol=1e-4)
+    assert pooled.std().item() == pytest.approx(1.0, abs=1e-2)
+    tens = torch.tensor([int(signs.parse(caption)[1][0]) - 2 for caption in captions])
+    means = torch.stack([pooled[tens == digit].mean(dim=0) for digit in range(8)])
+    assert torch.pdist(means).min() > 0.1  # no first digit is like another
 
 
 @pytest.mark.slow
@@ -87,6 +102,12 @@ def test_a_filled_folder_is_refused_and_an_empty_one_is_not(tmp_path):
     save_pipeline(make_pipeline(), tmp_path / "empty")
     assert StableDiffusionXLPipeline.from_pretrained(tmp_path / "empty").unet.dtype == torch.float32
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "precious.txt"]
+
+
+def test_a_random_model_of_signs_knows_their_words(tmp_path):
+    assert main([f"--output_dir={tmp_path}/signs", "--random", "--world=signs"]) == 0
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "signs" / "tokenizer")
+    assert tokenizer.tokenize("sign forty seven") == ["sign</w>", "forty</w>", "seven</w>"]
 
 
 def test_the_grid_shows_every_image_in_its_place(tmp_path):

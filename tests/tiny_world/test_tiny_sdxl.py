@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
+from tiny_world import signs
 from tiny_world.shapes import all_captions
 from tiny_world.tiny_sdxl import build_random_sdxl, make_tokenizer
 
@@ -28,6 +29,12 @@ def test_every_word_is_one_token_and_any_text_has_tokens():
     ids = tokenizer(text).input_ids[1:-1]
     assert tokenizer.unk_token_id not in ids
     assert len(tokenizer(text * 5, truncation=True).input_ids) == 77
+
+
+def test_every_word_of_a_sign_is_one_token():
+    tokenizer = make_tokenizer("<|endoftext|>", "signs")
+    for caption in signs.all_captions():
+        assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2
 
 
 def test_the_random_pipeline_has_the_structure_of_sdxl(random_folder):
