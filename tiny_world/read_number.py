@@ -38,8 +38,8 @@ class ReadNumber:
     probability of each character in each of 8 frames; the three of the number are sums over all ways in which the
     frames can spell it (connectionist temporal classification, Graves et al. 2006), and so exact and smooth. The ink's
     is a softmax over the distances of the colours of inks, of signs and of four others to the mean colour of what
-    differs most from the border. The third and the fourth are logged as parts, `number` and `ink`. Each image is judged
-    alone; 100 images take about a second of one thread.
+    differs most from the border. The third and the fourth are logged as parts, `number` and `ink`. Each image is
+    judged alone; 100 images take about a second of one thread.
 
     Raises:
         UserError: naming the package, if it is not installed.
