@@ -28,11 +28,12 @@ FLAGS = (
     Flag("against", "the axis of every chart", str, "forwards", choices=(*AXES,)),
 )
 FIRST = ("validation/reward", *PICTURED)
+PICTURES, TABLE = ("validation/images", "branches/best", "branches/worst"), "branches/table"
 
 
 def make_view(entity: str, project: str, name: str, against: str) -> "Workspace":
     """The view, which is not saved yet; against: of `AXES`."""
-    from wandb_workspaces.reports.v2 import LinePlot
+    from wandb_workspaces.reports.v2 import LinePlot, MediaBrowser, WeavePanelSummaryTable
     from wandb_workspaces.workspaces import Section, Workspace, WorkspaceSettings
 
     def chart(name: str) -> LinePlot:
@@ -47,6 +48,8 @@ def make_view(entity: str, project: str, name: str, against: str) -> "Workspace"
         panels = [chart(name) for name in MEANING if name.startswith(f"{group}/") and name != AXES[against]]
         panels += [charts(prefix) for prefix in OF_PREFIX if prefix.startswith(f"{group}/")]
         sections.append(Section(group, panels))
+    pictures = [MediaBrowser(title=name, media_keys=[name]) for name in PICTURES]
+    sections.append(Section("pictures", [*pictures, WeavePanelSummaryTable(table_name=TABLE)]))
     settings = WorkspaceSettings(x_axis=AXES[against])
     return Workspace(entity=entity, project=project, name=name, sections=sections, settings=settings)
 

@@ -1,6 +1,7 @@
 """Where the weights of a model come from: a hub id or a local folder, and which files of it. No heavy imports."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Source:
         from sharpening.progress import underway
 
         try:
-            with underway(f"loading {subfolder or self.name}"):
+            with underway(f"loading {subfolder or self.name}") if "dtype" in options else nullcontext():
                 loaded = model_class.from_pretrained(
                     self.name, revision=self.revision, cache_dir=self.cache_dir, **options
                 )

@@ -13,9 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any, NoReturn
 
-import diffusers
 import torch
-import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast, set_seed
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -66,8 +64,7 @@ class Run:
         Raises:
             UserError: naming the flag and the remedy.
         """
-        for library in (diffusers.utils.logging, transformers.utils.logging):
-            library.disable_progress_bar()  # the run has its own
+        sdxl.hide_library_bars()
         self.plan, self.args, self.output_dir = plan, plan.args, plan.output_dir
         self.accelerator, self.device, self.is_main = plan.accelerator, plan.device, plan.is_main
         args = self.args

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import NamedTuple
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import cast_training_params
@@ -19,6 +21,12 @@ from sharpening.errors import UserError, first_line
 from sharpening.model_source import LORA_LAYERS, Source
 from sharpening.trajectory import Model, Path, classifier_free_guidance
 from sharpening.transfer import Index, slices, take, upload
+
+
+def hide_library_bars() -> None:
+    """No bars of diffusers and transformers while they load: `Source.load` says what is loaded."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
 
 
 @dataclass

@@ -58,31 +58,39 @@ def write_data(size: Size, output_dir: Path) -> None:
         once(output_dir / "data" / name, [[*command, "--seed", 1, *extra]], fresh=[output_dir / name])
 
 
-def train(run: Run, folder: Path) -> float:
-    """Train a run into `folder/model`; returns its seconds."""
+def train(run: Run, folder: Path, inputs: Sequence[Path] = ()) -> float:
+    """Train a run into `folder/model`; returns its seconds. inputs as of `once`."""
     flags = {**run.flags, "max_train_steps": run.updates, "seed": run.seed, "output_dir": folder / "model"}
-    return once(folder, [[f"{run.script}.py", *words(flags)]], fresh=[folder])
+    return once(folder, [[f"{run.script}.py", *words(flags)]], [folder], inputs)
 
 
-def evaluate(models: Mapping[str, tuple[str | Path, str]], folder: Path, images: int, prompts: Path) -> float:
+def evaluate(
+    models: Mapping[str, tuple[str | Path, str]],
+    folder: Path,
+    images: int,
+    prompts: Path,
+    base: str | Path = MODEL,
+    reward: str = "shapes",
+    metrics: Sequence[str] = tuple(METRICS.values()),
+) -> float:
     """Judge models, name -> (path, search or nothing), against the base on a file of prompts; returns the seconds.
 
     `folder` gets what `evaluate.py` writes, which keeps images by the weights that drew them.
     """
     named = [f"{name}={path}" + (f"@{search}" if search else "") for name, (path, search) in models.items()]
-    command = ["scripts/evaluate.py", "--models", f"base={MODEL}", *named]
-    command += ["--prompts", prompts, "--reward_model", "shapes", "--num_images", images, "--batch_size", 100]
-    command += ["--guidance_scale", 1, "--grid_images", 9, "--output_dir", folder, "--metrics", *METRICS.values()]
-    trained = {Path(path).parent for path, _ in models.values() if path != MODEL}
-    return once(folder, [command], fresh=[], inputs=sorted(trained))
+    command = ["scripts/evaluate.py", "--models", f"base={base}", *named]
+    command += ["--prompts", prompts, "--reward_model", reward, "--num_images", images, "--batch_size", 100]
+    command += ["--guidance_scale", 1, "--grid_images", 9, "--output_dir", folder, "--metrics", *metrics]
+    made = {Path(path).parent for path in (base, *(path for path, _ in models.values())) if path != MODEL}
+    return once(folder, [command], fresh=[], inputs=sorted(made))
 
 
-def train_all(runs: Sequence[Run], folder: Path, jobs: int, what: str) -> float:
-    """Train runs, of each seed the longest first, so that a study that is stopped has whole seeds; returns the seconds
-    of one thread."""
+def train_all(runs: Sequence[Run], folder: Path, jobs: int, what: str, inputs: Sequence[Path] = ()) -> float:
+    """Train runs, a seed after the other and the longest first; returns the seconds of one thread. inputs as of
+    `once`."""
     runs = sorted(runs, key=lambda run: (run.seed, -run.compute))
     print(f"{len(runs)} runs, {sum(run.compute for run in runs) / 1e6:.2f} million forwards of a row", flush=True)
-    tasks = {run.key: partial(train, run, folder / run.key) for run in runs}
+    tasks = {run.key: partial(train, run, folder / run.key, inputs) for run in runs}
     return sum(in_parallel(jobs, tasks, what).values())
 
 

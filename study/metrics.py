@@ -61,7 +61,7 @@ def likeness(images: Tensor, prompts: list[str]) -> Tensor:
 def template_match(images: Tensor, prompts: list[str]) -> Tensor:
     """Right number, ink and sign by drawn templates, (B,) in [0, 1]; images (B, 3, H, W) in [0, 1] of the signs world.
 
-    Shares nothing with the reward of that world but the prompt, as `likeness` does in the world of shapes.
+    It finds the number in another way than the reward of that world.
     """
     import torch
 

@@ -1,12 +1,14 @@
-"""Does the ranking of table 1 carry over to a less kind world, with a reward that nobody here wrote?
+"""Does the ranking of table 1 carry over to a less kind world, judged by a network that nobody here trained?
 
     python -m study.signs                 # everything, into outputs/signs; a section of `docs/study.md` is about it
     python -m study.signs --quick         # the same with a handful of updates and images: does it all run?
 
 The world of `tiny_world/signs.py`, judged by a network that reads (`tiny_world/read_number.py`). Makes the captioned
-images, 40% of them wrong, and a tiny SDXL of them; trains it with four methods of table 1, each in its setting from
-before that table's tuning, at equal compute; judges all on numbers that none of them has seen, by the reward and by a
-match with templates that no method sees; and writes `table.md` and `grid.png`. What is done already is not done again.
+images, 40% of them wrong, and a tiny SDXL of them; trains it with four methods of table 1 at equal compute, in the
+settings that they had in the world of shapes before that table's tuning, of which RLHF's preset had been found by
+trials there; judges all on numbers that no method is trained on, by the reward and by a match with templates that no
+method sees; and writes `table.md` and `grid.png`. What is done already is not done again; after a change of
+`tiny_world/` use a new folder.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from sharpening.files import write_aside
 from sharpening.flags import Flag, parse
 from sharpening.rewards.ocr import check_installed
 from study.cost import ROOT, SFT, compute_before, compute_per_update, decode_cost
-from study.execution import study_folder, train_all
+from study.execution import evaluate, study_folder, train_all
 from study.methods import EFFICIENT_RLHF, METHODS, THE_LETTER
 from study.plan import Run
 from study.report import LEGEND, counted, diversity, gain, markdown, signed
@@ -53,14 +55,15 @@ class Size:
     vae_steps: int = 1500
     unet_steps: int = 2200
     data: int = 2000
-    prompts: int = 64  # trained on
+    prompts: int = 64  # at most, trained on and judged
+    sets: int = 2  # of kept samples: with 64 prompts about as many as table 1 keeps at this budget
     images: int = 384  # per model
     seeds: tuple[int, ...] = (0, 1, 2)
     batch: int = 24
 
 
 QUICK = Size(
-    budget=200, base_data=60, vae_steps=2, unet_steps=2, data=20, prompts=4, images=4, seeds=(0,), batch=4
+    budget=200, base_data=60, vae_steps=2, unet_steps=2, data=20, prompts=4, sets=1, images=4, seeds=(0,), batch=4
 )  # fmt: skip
 
 
@@ -81,8 +84,8 @@ class Study:
         """The prompts, images with right captions, and those that the base learns from, partly with wrong ones."""
         captions = {"prompts": study_captions(), "judged_prompts": judged_captions()}
         for name, lines in captions.items():
-            step = max(1, len(lines) // self.size.prompts)  # spread over numbers, signs and inks
-            text = "\n".join(lines[::step]) + "\n"
+            shuffled = np.random.default_rng(0).permutation(lines)
+            text = "\n".join(shuffled[: self.size.prompts]) + "\n"
             with write_aside(self.output_dir / f"{name}.txt") as aside:
                 aside.write_text(text, encoding="utf-8")
         folders = {
@@ -115,7 +118,7 @@ class Study:
             "cache_dir": self.output_dir / "cache", "validation_steps": 0,
         }  # fmt: skip
         if method.keeps:
-            flags["sets"] = 1
+            flags["sets"] = self.size.sets
         each = compute_per_update(method.script, flags, self.decode)
         before = compute_before(method.script, flags, self.decode)
         updates = max(2, int((self.size.budget - before) / each))
@@ -128,13 +131,9 @@ class Study:
 
     def judge(self, runs: Sequence[Run], folder: Path) -> float:
         """Judge the base and the models of one seed; returns the seconds."""
-        trained = [self.output_dir / "runs" / run.key for run in runs]
-        command = ["scripts/evaluate.py", "--models", f"base={self.base}"]
-        command += [f"{path.name}={path / 'model'}" for path in trained]
-        command += ["--prompts", self.output_dir / "judged_prompts.txt", "--num_images", self.size.images]
-        command += ["--reward_model", REWARD, "--metrics", CHECK, "--batch_size", 96, "--guidance_scale", 1]
-        command += ["--grid_images", 12, "--output_dir", folder]
-        return once(folder, [command], fresh=[], inputs=[self.base.parent, *trained])
+        models = {run.key: (self.output_dir / "runs" / run.key / "model", "") for run in runs}
+        prompts = self.output_dir / "judged_prompts.txt"
+        return evaluate(models, folder, self.size.images, prompts, self.base, REWARD, (CHECK,))
 
     def table(self, runs: Mapping[str, Sequence[Run]]) -> str:
         """`table.md`."""
@@ -165,6 +164,8 @@ class Study:
             )  # fmt: skip
         header = ["method", "updates", "forwards", "reward", "win rate", "template match", "diversity"]
         legend = LEGEND.format(seeds=len(self.size.seeds), images=self.size.images)
+        prompts = (self.output_dir / "judged_prompts.txt").read_text().splitlines()
+        legend += f" The images are of {len(prompts)} prompts: an interval says little about other numbers."
         return f"{legend}\n\n## Signs: {self.size.budget // 1000}k forwards\n\n{markdown(header, rows)}\n"
 
 
@@ -185,9 +186,9 @@ def main(argv: Sequence[str]) -> int:
         seconds = study.make_base()
         print(f"base: {seconds:.0f} s", flush=True)
         runs = study.runs()
-        seconds += train_all(
-            [run for of_label in runs.values() for run in of_label], output_dir / "runs", args.jobs, "train"
-        )
+        made = [study.base.parent, output_dir / "data" / "images"]
+        every = [run for of_label in runs.values() for run in of_label]
+        seconds += train_all(every, output_dir / "runs", args.jobs, "train", made)
         by_seed = {
             f"s{seed}": [of_label[index] for of_label in runs.values()] for index, seed in enumerate(size.seeds)
         }

@@ -3,7 +3,7 @@
     python tiny_world/make_shapes_dataset.py --output_dir outputs/shapes --num_images 2000
     python tiny_world/make_shapes_dataset.py --pairs outputs/pairs --num_images 1000
     python tiny_world/make_shapes_dataset.py --held_out_prompts held_out.txt --training_prompts prompts.txt
-    python tiny_world/make_shapes_dataset.py --world signs --output_dir outputs/signs --num_images 4000
+    python tiny_world/make_shapes_dataset.py --world signs --output_dir outputs/sign_images --num_images 4000
 
 The first loads with `datasets.load_dataset("imagefolder", data_dir=...)` and with `--train_data_dir` of the training
 scripts; the second holds compared pairs in the columns of Pick-a-Pic, for `baselines/diffusion_dpo_dataset.py`; the

@@ -14,7 +14,6 @@ draws the signs of `tiny_world/signs.py`; `python -m study.signs` makes that one
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ from tiny_world.worlds import WORLDS
 FLAGS = (
     Flag("output_dir", "new or empty folder for the pipeline", Path, required=True),
     Flag("random", "save random weights and stop", bool, False),
-    Flag("world", "whose words the tokenizers know", default="shapes", choices=tuple(WORLDS)),
+    Flag("world", "whose captions it learns and is judged by", default="shapes", choices=tuple(WORLDS)),
     Flag("dataset", "or train on this image folder of 32 px images", metavar="DIR"),
     Flag("seed", "of all that is random", int, 0),
     Flag("vae_steps", "training steps of the autoencoder", int, 1500, "[1, inf)"),
@@ -198,6 +197,11 @@ def train_sdxl(
 ) -> StableDiffusionXLPipeline:
     """Train a tiny SDXL on an image folder of 32 px images; the same seed and thread count give the same weights."""
     images, captions = load_image_folder(dataset)
+    foreign = set(captions) - set(WORLDS[world].captions["all"]())
+    require(
+        not foreign,
+        f"--dataset {dataset} holds {min(foreign, default='')!r}, no caption of --world {world}; name its world",
+    )
     pipeline = make_pipeline(seed, small=False, world=world)
     torch.manual_seed(seed)
     train_vae(pipeline.vae, images, vae_steps)
@@ -205,7 +209,7 @@ def train_sdxl(
     round_to_half(pipeline.vae)
     kept = reconstruction_score(pipeline.vae, world)
     print(f"autoencoder: clean drawings score {kept:.4f} after a round trip", flush=True)
-    if world == "signs":  # the shapes in the tree are drawn by a model without it
+    if WORLDS[world].many_words:
         standardise_pooled(pipeline, captions)
     train_unet(pipeline, images, captions, unet_steps)
     round_to_half(pipeline.unet)
@@ -256,7 +260,6 @@ def write_grid(path: str | Path, images: np.ndarray, columns: int, scale: int = 
 def report(pipeline: StableDiffusionXLPipeline, world: str, num_images: int, grid: str | Path | None = None) -> None:
     """Print the mean score over the captions, without guidance and with a scale of 3; write both as one grid."""
     choices = WORLDS[world].captions["all"]()
-    choices = choices[:: math.ceil(len(choices) / num_images)]  # spread over all of them
     captions = [choices[i % len(choices)] for i in range(num_images)]
     grids = []
     for guidance_scale in (1.0, 3.0):  # SDXL's pipeline guides only above 1

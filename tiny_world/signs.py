@@ -1,11 +1,12 @@
 """The world of signs: prompts, drawings and a check by templates, with nothing to download.
 
-A caption is a sentence such as "a white sign with the number forty four in red": 32 numbers from 20 to 97, which the
+A caption is a sentence such as "a white sign with the number forty four in red": 32 numbers from 20 to 99, which the
 sign shows in digits, x 2 inks x 2 colours of the sign = 128; with the 640 captions of 80 numbers and 4 inks the model
 learned to draw digits, and hardly which. `draw` makes an image of a caption, in one of four fonts. What a sign says is
 judged by a network that reads (`tiny_world/read_number.py`); `template_match` judges it without one. Numbers are held
 out whole: eight by which settings may be chosen and eight by which models are judged, so that a fine-tuning set has
-every first digit, ink and sign, but none of those numbers. Light imports only (numpy, PIL).
+every first digit, ink and sign, but none of those numbers; the base model has seen all. Light imports only (numpy and
+PIL, and matplotlib's fonts where something is drawn).
 """
 
 import re
@@ -179,13 +180,15 @@ def _named(pixel: np.ndarray, wanted: str) -> float:
 
 
 def template_match(images: np.ndarray, captions: list[str]) -> np.ndarray:
-    """How well each image follows its caption, by drawn templates: the mean of right number, right ink and right sign.
+    """How well each image follows its caption, by drawn templates.
 
     `images` is `(B, H, H, 3)` in [0, 1], `captions` are B sentences of the grammar (ValueError otherwise). Returns
-    `(B,)` float32 in [0, 1]: a clean drawing is near 1, one with another number or another ink near 2/3, a blank or
-    noisy image near 0. The number is right as far as it correlates with its own templates, and better than with those
-    of the 18 others that differ in one digit; the ink's colour is read where the best template has ink, the sign's on
-    the border. Shares nothing with the reward that reads (`tiny_world/read_number.py`) but the caption.
+    `(B,)` float32 in [0, 1], the product of how well the image correlates with the best template of its number (0 at a
+    correlation of 0.6, 1 from 0.85 on) and the mean of three: that no number that differs in one digit correlates
+    better, that the ink is right where that template has ink, and that the sign is right on the border. A drawing
+    is near 1, one in another ink or on another sign near 2/3, one with another digit near 0.4, with two near 0.1, a
+    blank or noisy image near 0. It shares the names of colours and the border with the reward that reads
+    (`tiny_world/read_number.py`), but not how it finds the number.
     """
     images = np.asarray(images, dtype=np.float32)
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[-1] != 3 or len(images) != len(captions):

@@ -20,6 +20,8 @@ class World:
         wrong_caption: another caption than the given one, `(caption, rng)`.
         score: how well images `(B, H, W, 3)` in [0, 1] follow their captions, `(B,)` in [0, 1].
         words: of the grammar; each becomes one token.
+        many_words: so many that the pooled features of a random text encoder must be standardised to tell captions
+            apart.
     """
 
     captions: Mapping[str, Callable[[], list[str]]]
@@ -27,6 +29,7 @@ class World:
     wrong_caption: Callable[[str, np.random.Generator], str]
     score: Callable[[np.ndarray, list[str]], np.ndarray]
     words: tuple[str, ...]
+    many_words: bool
 
 
 WORLDS = {
@@ -42,6 +45,7 @@ WORLDS = {
         shapes.wrong_caption,
         shapes.score,
         ("a", "on", "background", *shapes.COLOURS, *shapes.SHAPES, *shapes.BACKGROUNDS),
+        many_words=False,
     ),
     "signs": World(
         {
@@ -55,5 +59,6 @@ WORLDS = {
         signs.wrong_caption,
         signs.template_match,
         ("a", "sign", "with", "the", "number", "in", *signs.TENS, *signs.ONES[1:], *signs.SIGNS, *signs.INKS),
+        many_words=True,
     ),
 }

@@ -82,7 +82,7 @@ def _crc32(path: Path, chunks: Sequence[int]) -> list[int]:
     """The checksums of some chunks of a file; zlib lets go of the interpreter's lock meanwhile."""
     with path.open("rb") as file, ThreadPoolExecutor(CHECKING_THREADS) as pool:
         sums = pool.map(lambda chunk: zlib.crc32(os.pread(file.fileno(), CHUNK, chunk * CHUNK)), chunks)
-        return list(progress(sums, total=len(chunks), desc=f"checking {path.name}", unit="chunk", delay=1))
+        return list(progress(sums, total=len(chunks), desc=f"checksums of {path.name}", unit="chunk", delay=1))
 
 
 def _damage(folder: Path) -> str:

@@ -20,13 +20,13 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sharpening import sdxl
 from sharpening.errors import UserError, first_line
 from sharpening.evaluation import search
 from sharpening.files import LORA_FILE, write_aside
 from sharpening.model_source import Source
+from sharpening.progress import progress
 from sharpening.trajectory import Schedule
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def load_pipeline(
     Raises:
         UserError: naming `--models`.
     """
+    sdxl.hide_library_bars()
     dtype = compute_dtype(device)
     is_adapter = (Path(path) / LORA_FILE).is_file()
     source = Source("models", base if is_adapter else path, cache_dir=cache_dir)
@@ -136,7 +137,7 @@ def draw_missing(
             spent["rows"] += len(inputs[0])
 
         pipeline.unet.register_forward_pre_hook(count)
-        for start in tqdm(range(0, len(missing), batch_size), desc=f"drawing {label}"):
+        for start in progress(range(0, len(missing), batch_size), desc=f"drawing {label}"):
             batch, started = missing[start : start + batch_size], time.perf_counter()
             texts, seeds = [prompts[index] for index in batch], [drawing.seed + index for index in batch]
             if drawing.search is None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -35,12 +36,33 @@ def test_of_two_processes_one_shows_its_bar(tmp_path):
     assert result.stderr.count("working: 100%") == 1
 
 
-def test_what_cannot_be_counted_is_named_while_it_lasts():
+def test_what_cannot_be_counted_is_a_line_of_a_log():
     code = (
         "from sharpening.progress import underway\nwith underway('loading unet'):\n    print('meanwhile', flush=True)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.stdout == "loading unet ...\nmeanwhile\n"
+
+
+def test_what_cannot_be_counted_is_named_on_a_terminal_while_it_lasts():
+    code = (
+        "from sharpening.progress import underway\nwith underway('loading unet'):\n    print('meanwhile', flush=True)"
     )
-    before, after = result.stdout.split("meanwhile")
-    assert "loading unet ..." in before and after.strip(" \r\n") == ""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with os.fdopen(ours, "rb") as screen:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=theirs, stderr=theirs, check=True)
+        os.close(theirs)
+        before, after = os.read(screen.fileno(), 10_000).decode().split("meanwhile")
+    assert "loading unet ..." in before and not after.strip()
+
+
+@pytest.mark.parametrize(
+    "work", ["with underway('saving'): raise KeyError('why')", "list(progress(range(3))); raise KeyError('why')"]
+)
+def test_a_full_disk_under_the_log_neither_ends_nor_hides_anything(work):
+    code = "import sys\nfrom sharpening.progress import progress, underway\nsys.stderr = open('/dev/full', 'w', 1)\n"
+    code += f"try:\n    exec({work!r})\nexcept KeyError:\n    print('said', flush=True)\nimport os; os._exit(0)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "said\n"

@@ -236,7 +236,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["SFT"], indirect=True)
 def test_libraries_say_nothing_in_a_run(method, flags, tmp_path):
-    """open_clip speaks on the root logger, bitsandbytes of a kernel that nothing here needs."""
+    """open_clip speaks on the root logger, bitsandbytes of a kernel that nothing here needs. The run says what takes
+    long."""
     command = flags(reward_model="clip", use_8bit_adam=True, max_train_steps=1, checkpointing_steps=1)
     result = subprocess.run(
         [sys.executable, "-c", QUIET, str(tmp_path), str(ROOT / SCRIPTS[method]), *command], cwd=ROOT, text=True,
@@ -246,4 +247,13 @@ def test_libraries_say_nothing_in_a_run(method, flags, tmp_path):
     bar = r"[a-zA-Z ]+: +\d+(%\|| examples)[^]]*]"
     said = re.sub(bar, "\n", result.stderr.partition("=== the run")[2])
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    assert lines == ["[RANK 0] seed 0, starting after step 0", f"[RANK 0] saved {tmp_path}/run/checkpoint-1"]
+    parts = ("the reward clip", "vae", "unet", "text_encoder", "text_encoder_2")
+    assert lines == [
+        "[RANK 0] seed 0, starting after step 0",
+        *(f"loading {part} ..." for part in parts),
+        "saving checkpoint-1 ...",
+        f"[RANK 0] saved {tmp_path}/run/checkpoint-1",
+        "saving the result ...",
+        lines[-1],
+    ]
+    assert re.fullmatch("loading .*/model ...", lines[-1])  # what of the pipeline was not trained

@@ -67,12 +67,15 @@ def test_a_view_has_every_curve_against_one_axis(tmp_path):
     (view,) = views
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("team", "project", "mine")
     sections = json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
-    assert [section["name"] for section in sections] == ["first looks", *GROUPS]
-    assert [section["isOpen"] for section in sections] == [True] + [False] * len(GROUPS)
-    charts = [panel["config"] for section in sections for panel in section["panels"]]
+    assert [section["name"] for section in sections] == ["first looks", *GROUPS, "pictures"]
+    assert [section["isOpen"] for section in sections] == [True] + [False] * (len(GROUPS) + 1)
+    charts = [panel["config"] for section in sections[:-1] for panel in section["panels"]]
     assert {chart["xAxis"] for chart in charts} == {"cost/seconds"}
     drawn = {name for chart in charts for name in chart.get("metrics", ())}
     assert drawn == MEANING.keys() - {"cost/seconds"}
+    pictures = json.dumps(sections[-1])
+    assert all(f'"{name}"' in pictures for name in ("branches/best", "branches/worst", "validation/images"))
+    assert "branches/table" in pictures
     patterns = [chart["metricRegex"] for chart in charts if chart.get("metricRegex")]
     assert any(re.fullmatch(pattern, "reward/component/clip") for pattern in patterns)
 

@@ -1,5 +1,6 @@
 """The study of the world of signs: its plan, and a rehearsal of all of it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from PIL import Image
 from study.signs import COMPARED, Size, Study
 from tests.support.runs import ROOT
 from tiny_world.make_shapes_dataset import write_dataset
-from tiny_world.signs import judged_captions, study_captions
+from tiny_world.signs import parse, study_captions
 from tiny_world.tiny_sdxl import build_random_sdxl
 
 
@@ -24,7 +25,6 @@ def test_methods_get_the_same_budget_on_prompts_that_are_not_judged(tmp_path):
         assert [run.seed for run in of_label] == [0, 1, 2]
         assert 0.97 * 40_000 <= of_label[0].compute <= 40_000
         assert of_label[0].flags["reward_model"] == "tiny_world/read_number.py:ReadNumber"
-    assert not set(study_captions()) & set(judged_captions())
 
 
 @pytest.mark.slow
@@ -41,6 +41,16 @@ def test_rehearsal_writes_the_table_and_the_grid_and_resumes(tmp_path):
     assert "nan" not in table and table in first.stdout
     with Image.open(out / "grid.png") as picture:
         assert min(picture.size) > 100 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    images = (json.loads(line)["text"] for line in (out / "images" / "metadata.jsonl").read_text().splitlines())
+    trained_on = {parse(caption)[1] for caption in [*(out / "prompts.txt").read_text().splitlines(), *images]}
+    judged = {parse(caption)[1] for caption in (out / "judged_prompts.txt").read_text().splitlines()}
+    assert trained_on and judged and not trained_on & judged
+    for folder in (out / "runs").iterdir():
+        (command,) = json.loads((folder / "finished.json").read_text())["commands"]
+        data = {word.partition("=")[2] for word in command if word.startswith(("--prompts_file", "--train_data_dir"))}
+        assert data in ({str(out / "prompts.txt")}, {str(out / "images")})
+    judging = json.loads((out / "evaluation" / "s0" / "finished.json").read_text())["commands"][0]
+    assert judging[judging.index("--prompts") + 1] == str(out / "judged_prompts.txt")
     (out / "runs" / "dpo_s0" / "finished.json").unlink()  # as if it had been interrupted
     markers = {path: path.stat().st_mtime_ns for path in out.rglob("finished.json")}
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -75,6 +75,8 @@ def test_blank_and_noisy_images_earn_little(reward):
     captions = all_captions()[::11]
     for level in (0.0, 0.5, 1.0):
         assert reward.get_reward(torch.full((12, 3, 32, 32), level), captions).max() < 0.1
+    plain = torch.tensor([225.0, 30, 35]).view(3, 1, 1).expand(12, 3, 32, 32) / 255  # the colour of an ink
+    assert reward.get_reward(plain, captions).max() < 0.1
     noise = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert reward.get_reward(noise, captions).mean() < 0.1
 
@@ -98,8 +100,8 @@ def test_probabilities_are_sums_over_all_that_the_frames_can_spell(first, second
     np.testing.assert_allclose(number_probabilities(frames, first, second), (starts, ends, alone), rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["RLHF"])
-def test_a_training_script_learns_from_it(method, train, flags, tmp_path):
+@pytest.mark.parametrize("method", ["RLHF"])  # of the fixtures train and flags
+def test_a_training_script_runs_with_it(method, train, flags, tmp_path):
     build_random_sdxl(tmp_path / "model", world="signs")
     (tmp_path / "prompts.txt").write_text("\n".join(all_captions()[:8]))
     changes = {"preset": "efficient", "infer_steps": 2, "num_noisy_latents": 2, "train_data_dir": None}

@@ -92,7 +92,7 @@ def test_templates_know_the_number_the_ink_and_the_sign():
 
     for wrong in (changed(ink=True), changed(sign=True)):  # a third less, what is blurred in thin digits aside
         assert wrong.max() < 0.67 and (right - wrong).mean() > 0.3
-    assert changed(number=True).mean() < 0.2
+    assert changed(number=True).mean() < 0.3
 
 
 def test_blank_and_noisy_images_match_no_template():
