@@ -1,12 +1,15 @@
 """What the terminal shows of work that takes more than a moment."""
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 import torch
 from tqdm.auto import tqdm
+
+PATIENCE = 1.0  # seconds
 
 
 class _Heedless:
@@ -39,19 +42,16 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
 
 @contextmanager
 def underway(what: str) -> Iterator[None]:
-    """Says what is being done: for work of another library that counts no parts, so has no rate.
-
-    On a terminal it is said for as long as it lasts, in a log it is a line.
-    """
-    if sys.stderr.isatty():
-        with progress(total=1, desc=what, bar_format="{desc} ...", leave=False):
-            yield
-        return
+    """Says what is being done, in a line, if it takes more than `PATIENCE` seconds: for work of another library that
+    counts no parts, so has no rate."""
+    said = threading.Timer(PATIENCE, tqdm.write, [f"{what} ...", _Heedless(sys.stderr)])
+    said.daemon = True
     if _is_main():
-        file = _Heedless(sys.stderr)
-        file.write(f"{what} ...\n")
-        file.flush()
-    yield
+        said.start()
+    try:
+        yield
+    finally:
+        said.cancel()
 
 
 def _is_main() -> bool:

@@ -223,8 +223,10 @@ def test_average_is_in_the_weights_within_and_never_on_the_host(tmp_path):
 
 QUIET = """
 import logging, pathlib, runpy, sys
+from sharpening import progress
 from tests.support import tiny_rewards
 
+progress.PATIENCE = 0
 clip = tiny_rewards.write_clip(pathlib.Path(sys.argv[1]))[0]
 logging.root.handlers.clear()  # open_clip's first word makes one
 print("=== the run", file=sys.stderr, flush=True)
