@@ -46,8 +46,8 @@ def test_rehearsal_writes_the_table_and_the_grid_and_resumes(tmp_path):
     judged = {parse(caption)[1] for caption in (out / "judged_prompts.txt").read_text().splitlines()}
     assert trained_on and judged and not trained_on & judged
     for folder in (out / "runs").iterdir():
-        (command,) = json.loads((folder / "finished.json").read_text())["commands"]
-        data = {word.partition("=")[2] for word in command if word.startswith(("--prompts_file", "--train_data_dir"))}
+        (trained,) = json.loads((folder / "finished.json").read_text())["commands"]
+        data = {word.partition("=")[2] for word in trained if word.startswith(("--prompts_file", "--train_data_dir"))}
         assert data in ({str(out / "prompts.txt")}, {str(out / "images")})
     judging = json.loads((out / "evaluation" / "s0" / "finished.json").read_text())["commands"][0]
     assert judging[judging.index("--prompts") + 1] == str(out / "judged_prompts.txt")
