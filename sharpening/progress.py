@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import torch
 from tqdm.auto import tqdm
 
-PATIENCE = 1.0  # seconds
+PATIENCE = 2.0  # seconds
 
 
 class _Heedless:

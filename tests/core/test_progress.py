@@ -35,7 +35,7 @@ def test_of_two_processes_one_shows_its_bar(tmp_path):
     assert result.stderr.count("working: 100%") == 1
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(1.5, ["loading unet ...", "done"]), (0, ["done"])])
+@pytest.mark.parametrize(("seconds", "said"), [(2.5, ["loading unet ...", "done"]), (0, ["done"])])
 def test_what_cannot_be_counted_is_named_if_it_takes_long(seconds, said):
     code = "import sys, time\nfrom sharpening.progress import underway\n"
     code += f"with underway('loading unet'):\n    time.sleep({seconds})\nprint('done', file=sys.stderr)"
@@ -46,7 +46,7 @@ def test_what_cannot_be_counted_is_named_if_it_takes_long(seconds, said):
 @pytest.mark.parametrize(
     "work",
     [
-        "with underway('saving'): time.sleep(1.2); raise KeyError('why')",
+        "with underway('saving'): time.sleep(2.2); raise KeyError('why')",
         "list(progress(range(3))); raise KeyError('why')",
     ],
 )

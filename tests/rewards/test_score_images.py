@@ -32,6 +32,11 @@ def folder(tmp_path):
     return folder
 
 
+def told(text):
+    """What a person is told, without what a slow machine adds of a reward that takes long to load."""
+    return "\n".join(line for line in text.strip().splitlines() if not line.endswith(" ..."))
+
+
 def expected(folder, spec):
     images = [Image.open(folder / f"{index}.png") for index in range(3)]
     return load_reward(spec).score(images, CAPTIONS)
@@ -124,7 +129,7 @@ def test_images_that_could_not_be_scored_are_shown_as_failed(server, folder, tmp
     output.unlink()
     assert run("--images", folder, *flags, "--output", output) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: the reward mllm") and "refused: no" in error and not output.exists()
+    assert told(error).startswith("error: the reward mllm") and "refused: no" in error and not output.exists()
 
 
 def test_part_that_a_prompt_does_not_ask_for_is_no_failure(
@@ -214,7 +219,7 @@ def test_bad_input_is_one_sentence(case, folder, capsys, monkeypatch):
         metadata(folder)
     assert run("--images", folder, "--reward_model=shapes", *arguments(folder)) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and len(error.strip().splitlines()) == 1
+    assert told(error).startswith("error: ") and len(told(error).splitlines()) == 1
     for part in said:
         assert part in error
 
