@@ -20,7 +20,8 @@ done
 python tiny_world/make_shapes_dataset.py --output_dir "$OUT/shapes" --num_images 2000 --seed 1 \
   --held_out_prompts "$OUT/held_out_prompts.txt"
 
-accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+accelerate launch --quiet --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2 \
+  --mixed_precision no --dynamo_backend no \
   train_sft_diffusion_sharpening_sdxl.py \
   --pretrained_model_name_or_path=tiny_world/sdxl \
   --train_data_dir="$OUT/shapes" --cache_dir="$OUT/cache" \

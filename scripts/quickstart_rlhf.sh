@@ -19,7 +19,8 @@ done
 
 python tiny_world/make_shapes_dataset.py --training_prompts "$OUT/prompts.txt" --held_out_prompts "$OUT/held_out_prompts.txt"
 
-accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+accelerate launch --quiet --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2 \
+  --mixed_precision no --dynamo_backend no \
   train_rlhf_diffusion_sharpening_sdxl.py \
   --pretrained_model_name_or_path=tiny_world/sdxl \
   --prompts_file="$OUT/prompts.txt" --cache_dir="$OUT/cache" \

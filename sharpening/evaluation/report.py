@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,8 @@ def write_grid(images: Mapping[str, Tensor], prompts: Sequence[str], path: Path)
         gap = max(1, strip.shape[2] // 16)
         strip = make_grid(strip, nrow=len(strip), padding=gap, pad_value=1)  # white, around the images too
         axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(prompt if len(prompt) < 42 else f"{prompt[:40]}...", fontsize=7)
+        title = textwrap.fill(prompt, 22 * len(images), max_lines=2, placeholder=" ...")  # as wide as its strip
+        axis.set_title(title, fontsize=7)
     figure.suptitle(f"same noise, from left to right: {', '.join(images)}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
