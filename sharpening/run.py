@@ -375,9 +375,9 @@ class Run:
 
     def _validate(self, step: int, metrics: dict[str, float], unet: UNet2DConditionModel, ema: EMAModel | None) -> str:
         """Draw, judge and log the validation images, each rank its share; how it failed on this rank, if it did."""
-        failure = ""
+        failure, schedule = "", self.plan.validation_schedule
         try:
-            drawn = self._validation.draw(self.accelerator, unet, ema, self._vae, self.plan.schedule, self._reward)
+            drawn = self._validation.draw(self.accelerator, unet, ema, self._vae, schedule, self._reward)
         except RewardError as error:
             failure = f"validation at step {step}: {error}"
         # Nothing is gathered unless every rank has its share.

@@ -199,6 +199,13 @@ TRACKING = (
     Flag("validation_steps", "validate every N optimizer steps; 0: never", int, 20, "[0, inf)", free=True),
     Flag("validation_epochs", "validate every N epochs; 0: never", int, 1, "[0, inf)", free=True),
     Flag("validation_guidance_scale", "guidance of validation images", float, 5.0, "[0, inf)", free=True),
+    Flag(
+        "validation_infer_steps",
+        "sampling steps of validation images; unset: --infer_steps",
+        int,
+        range="[1, inf)",
+        free=True,
+    ),
 )
 HUB = (
     Flag("push_to_hub", "upload the trained pipeline with a model card", bool, False, free=True),
@@ -290,10 +297,11 @@ def check_schedule(flags: Mapping[str, Any], num_train_timesteps: int) -> None:
     Raises:
         UserError: naming the flag and the remedy.
     """
-    require(
-        flags["infer_steps"] <= num_train_timesteps,
-        f"--infer_steps is {flags['infer_steps']}, but the model has only {num_train_timesteps} timesteps; lower it",
-    )
+    for name in ("infer_steps", "validation_infer_steps"):
+        require(
+            flags[name] is None or flags[name] <= num_train_timesteps,
+            f"--{name} is {flags[name]}, but the model has only {num_train_timesteps} timesteps; lower it",
+        )
     require(
         flags.get("timestep_bias_strategy") != "range" or flags["timestep_bias_end"] <= num_train_timesteps,
         f"--timestep_bias_end is {flags.get('timestep_bias_end')}, but the model has only {num_train_timesteps} "

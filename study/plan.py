@@ -182,8 +182,8 @@ class Planner:
         if method.keeps:
             share = method.keeps * budget / max(self.size.budgets)
             flags["sets"] = max(1, round(self.size.reference_sets * share))
-        if shown:
-            flags["num_validation_images"] = self.size.shown_images
+        if shown:  # as models are judged, however a method samples in training
+            flags |= {"num_validation_images": self.size.shown_images, "validation_infer_steps": 25}
         name = f"{method.name}_{setting.name}_{budget // 1000}k"
         return self.run(name, method.script, seed, budget=budget, shown=shown, **flags)
 

@@ -18,6 +18,7 @@ from sharpening.pages import write_page
 from study.methods import EFFICIENT_RLHF, ON_IMAGES, THE_LETTER, Setting
 from study.plan import Plan, Run, Tuning, groups_of
 from study.settings import DATA, METRICS, Size
+from tiny_world.shapes import held_out_captions, judged_captions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,7 +83,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Report:
-    """Reads the results of a finished study in `output_dir`; `only_first`: of its table 1 and the tuning for it."""
+    """Reads the results of a finished study in `output_dir`."""
 
     tuning: Tuning
     plan: Plan
@@ -125,7 +126,8 @@ class Report:
 
     def write(self, only_first: bool) -> str:
         """Redraw every table and figure from what runs and evaluations left: `tables.md`, whose text is returned, each
-        table as `tables/NAME.csv`, the figures, and all of it on one page, `gallery.html`."""
+        table as `tables/NAME.csv`, the figures, and all of it on one page, `gallery.html`. only_first: only those of
+        table 1 and of the tuning for it."""
         tables = self._table_1() | self._tuning()
         if not only_first:
             tables |= self._settle() | self._sweeps() | self._selection() | self._searches()
@@ -278,6 +280,7 @@ class Report:
         from matplotlib import pyplot
 
         figure, axis = pyplot.subplots(figsize=(9, 5.2))
+        images = self.size.shown_images * len(judged_captions())
         base = self.judged(f"table1_{max(self.size.budgets) // 1000}k_s{self.size.seeds[0]}", "base")["mean"]
         for index, (label, runs) in enumerate(self.plan.largest.items()):
             bold = label == EFFICIENT_RLHF
@@ -286,7 +289,7 @@ class Report:
         axis.axhline(base, color="0.6", linewidth=0.8, linestyle="--")
         axis.axhline(WANTED, color="0.8", linewidth=0.8)
         axis.set(
-            xlabel="compute, thousand forwards of a row", ylabel=f"held-out reward ({self.size.shown_images} images)",
+            xlabel="compute, thousand forwards of a row", ylabel=f"held-out reward ({images} images)",
             title="Table 1 over time, first seed; dashed: the base",
         )  # fmt: skip
         axis.grid(alpha=0.3)
@@ -306,7 +309,7 @@ class Report:
             at, reward = self._validated(run)
             axes[1].plot(at, reward, f"{colour}o-", markersize=3)
             axes[2].plot(at * run.compute / run.updates / 1000, reward, f"{colour}o-", markersize=3)
-        held_out = f"held-out reward ({self.size.validation_images} images)"
+        held_out = f"held-out reward ({self.size.validation_images * len(held_out_captions())} images)"
         axes[0].set(
             xlabel="update", ylabel=f"training loss (running mean of {window})", xlim=(0, 2 * self.size.updates)
         )

@@ -57,7 +57,7 @@ class Size:
     rate_factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)  # what the learning rate is multiplied by when tuning
     tuned: int | None = None  # how many methods of table 1 are tuned; None: all
     tuning_images: int = 200  # per setting that is tried
-    shown_images: int = 108  # per point of reward against compute
+    shown_images: int = 12  # of a prompt, per point of reward against compute
     updates: int = 150  # of SFT where updates are equal
     preference_updates: int = 100  # of RLHF where updates are equal
     images: int = 400  # per trained model
@@ -69,11 +69,11 @@ class Size:
     search: tuple[int, ...] = (2, 4, 8, 16)
     reference_sets: int = 10
     batch: int = 24
-    validation_images: int = 36
+    validation_images: int = 36  # of a prompt, per point of reward against updates
 
 
 QUICK = Size(
-    budgets=(1000,), rate_factors=(1.0,), tuned=1, tuning_images=9, shown_images=4, updates=3,
+    budgets=(1000,), rate_factors=(1.0,), tuned=1, tuning_images=9, shown_images=1, updates=3,
     preference_updates=2, images=18, search_images=9, data=60, seeds=(0,), learning_rates=(5e-4,), sweep=(1, 2),
     search=(2,), reference_sets=1, batch=4, validation_images=4,
 )  # fmt: skip

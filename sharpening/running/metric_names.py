@@ -32,7 +32,7 @@ MEANING = {
     "preference/accuracy": "share of pairs whose better branch the model prefers; a coin has 0.5",
     "preference/logits": "mean argument of the log-sigmoid; beyond 5 little gradient is left",
     "preference/log_ratio_best": "change of log likelihood of the better branch, by the reference",
-    "preference/log_ratio_worst": "of the worse branch; if both fall far, the model leaves its samples behind",
+    "preference/log_ratio_worst": "of the worse branch; if both fall far, the model makes its own samples less likely",
     "preference/kl": "distance from the reference; should rise slowly",
     "preference/bounded": "share of pairs whose worse branch is pushed away no more",
     "preference/steps_won": "share of steps at which the better path gained more likelihood",

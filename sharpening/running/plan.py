@@ -49,7 +49,7 @@ class Plan:
         hosts: the group in which processes exchange what lies on the host; None: the default one.
         weight_dtype: of frozen models and cached embeddings.
         source: of the pipeline that is trained.
-        schedule: of its noise.
+        schedule, validation_schedule: of its noise, in the sampling steps of training and of validation images.
         steps_per_epoch, num_steps: in optimizer steps, once `settle` was called.
         facts: what else there is to say of the method, by name, once `settle` was called.
     """
@@ -79,6 +79,8 @@ class Plan:
         config = self.source.read_json("scheduler/scheduler_config.json")
         check_schedule(vars(args), config["num_train_timesteps"])
         self.schedule = Schedule.from_config(config, args.infer_steps, args.prediction_type)
+        drawn_with = args.validation_infer_steps or args.infer_steps
+        self.validation_schedule = Schedule.from_config(config, drawn_with, args.prediction_type)
         self.steps_per_epoch = self.num_steps = 0
         self.facts: dict[str, str] = {}
 

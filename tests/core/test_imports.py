@@ -93,6 +93,11 @@ def test_training_scripts_are_imported_by_benchmarks_study_and_tests_alone(graph
     assert importing <= in_folders(graph, "benchmarks", "study", "tests")
 
 
+def test_shapes_are_a_leaf(graph):
+    """The reward of that name and its prompt set read them from inside the package."""
+    assert graph["tiny_world.shapes"] == set()
+
+
 def test_tests_are_imported_by_tests_alone(graph):
     """An installed project has none."""
     importing = {name for name in graph if graph[name] & in_folders(graph, "tests")}

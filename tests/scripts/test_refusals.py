@@ -106,6 +106,7 @@ CASES = {
         ["--trajectory_nums is 26", "--infer_steps=25"],
     ),
     "more sampling steps than timesteps": ({"infer_steps": 1001}, ["--infer_steps", "1000"]),
+    "more sampling steps in validation": ({"validation_infer_steps": 1001}, ["--validation_infer_steps", "1000"]),
     "bias beyond the schedule": (
         {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 2, "timestep_bias_end": 1001},
         ["--timestep_bias_end", "1000"],

@@ -95,6 +95,20 @@ def test_validation_leaves_the_training_weights_alone(train, flags, tmp_path):
     assert any(not torch.equal(saved[name], weights[name]) for name in saved)
 
 
+def test_validation_draws_with_sampling_steps_of_its_own(train, flags, tmp_path):
+    """Warm-up begins at a rate of 0, so that after one step every run still has the weights it began with."""
+    options = {"validation_prompt": "a red circle on a white background", "validation_steps": 1, "max_train_steps": 1}
+    options |= {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1}
+
+    def reward(**steps):
+        folder = tmp_path / "_".join(steps)
+        assert train(flags(**options, **steps, output_dir=folder)) == 0
+        return metrics(folder)[0]["validation/reward"]
+
+    few, many = reward(infer_steps=3), reward(infer_steps=9, validation_infer_steps=9)
+    assert reward(validation_infer_steps=9, infer_steps=3) == many != few
+
+
 def test_trained_pipeline_loads_in_stock_diffusers_and_draws(train, flags, world, tmp_path):
     assert train(flags(learning_rate=1e-3)) == 0
     pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "run")
