@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharpening import flags
-from sharpening.errors import exit_status
+from sharpening.errors import exit_status, require
 from sharpening.flags import Flag
 from sharpening.running.dashboard import AXES, PICTURED, read_runs, write_page, write_picture
 
@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: naming the flag or the file and the remedy.
     """
     args = parse_args(argv)
+    require(args.picture is not None or not args.curves, "--curves are those of --picture; add it")
     runs = read_runs(args.runs)
     write_page(runs, args.output, args.against)
     print(f"written: {args.output}")

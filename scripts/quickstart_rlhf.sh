@@ -3,19 +3,8 @@
 # Flags given here go to the training script, come last and win.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-install requirements.txt
-source "$VENV/bin/activate"
-OUT=${OUTPUT_DIR:-outputs/quickstart_rlhf}
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-if [ -e "$OUT" ]; then
-  echo "error: $OUT already exists; remove it, or set OUTPUT_DIR to another folder" >&2
-  exit 2
-fi
-started=$SECONDS
-JUDGED_BY=(--reward_model shapes)
-for word in "$@"; do  # another reward is judged by itself, and by what an image should show
-  case "$word" in --reward_model=*) JUDGED_BY=(--reward_model "${word#*=}" --metrics shapes) ;; esac
-done
+source scripts/quickstart_common.sh
+begin quickstart_rlhf "$@"
 
 python tiny_world/make_shapes_dataset.py --training_prompts "$OUT/prompts.txt" --held_out_prompts "$OUT/held_out_prompts.txt"
 
@@ -35,9 +24,4 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --num_cpu_threads_p
   --checkpointing_steps=150 --report_to=tensorboard \
   --output_dir="$OUT/run" "$@"
 
-python scripts/evaluate.py --models base=tiny_world/sdxl trained="$OUT/run" --prompts "$OUT/held_out_prompts.txt" \
-  "${JUDGED_BY[@]}" --num_images 400 --guidance_scale 1 --batch_size 50 --output_dir "$OUT/evaluation"
-echo "reward curve, against steps and forwards: $OUT/run/reward_curve.png"
-echo "images, to look at in a browser: $OUT/evaluation/report.html"
-echo "all curves: python scripts/dashboard.py $OUT/run"
-echo "time: $((SECONDS - started)) s after installation"
+judge

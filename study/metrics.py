@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def _part(images: Tensor, prompts: list[str], name: str) -> Tensor:
     import torch
 
-    return torch.from_numpy(shapes.score_parts(images.permute(0, 2, 3, 1).numpy(), prompts)[name])
+    return torch.from_numpy(shapes.score_parts(images.permute(0, 2, 3, 1).cpu().numpy(), prompts)[name])
 
 
 def colour(images: Tensor, prompts: list[str]) -> Tensor:
@@ -50,7 +50,7 @@ def likeness(images: Tensor, prompts: list[str]) -> Tensor:
     """
     import torch
 
-    flat = images.permute(0, 2, 3, 1).flatten(1)
+    flat = images.permute(0, 2, 3, 1).flatten(1).cpu()
     nearest = [
         torch.cdist(row[None], torch.from_numpy(_drawings(prompt, images.shape[-1]))).amin()
         for row, prompt in zip(flat, prompts, strict=True)
@@ -65,4 +65,4 @@ def template_match(images: Tensor, prompts: list[str]) -> Tensor:
     """
     import torch
 
-    return torch.from_numpy(signs.template_match(images.permute(0, 2, 3, 1).numpy(), prompts))
+    return torch.from_numpy(signs.template_match(images.permute(0, 2, 3, 1).cpu().numpy(), prompts))

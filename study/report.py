@@ -250,7 +250,8 @@ class Report:
         for name, (_, draw) in figures.items():
             figure = draw()
             figure.tight_layout()
-            figure.savefig(self.output_dir / name, dpi=110)
+            with write_aside(self.output_dir / name) as aside:
+                figure.savefig(aside, dpi=110, format="png")
             pyplot.close(figure)
         return {name: title for name, (title, _) in figures.items()}
 

@@ -36,6 +36,9 @@ def execute(command: Sequence[str], log: Path) -> None:
         try:
             status = process.wait()
         finally:
+            if process.poll() is None:  # interrupted here, and not in `in_parallel`
+                process.terminate()
+                process.wait()
             RUNNING.discard(process)
     if status:
         said = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.strip()]
@@ -106,5 +109,5 @@ def politely(work: Callable[[], int]) -> int:
     try:
         return exit_status(work)
     except Failed as error:
-        print(f"error: {error}; the same command goes on with the rest", file=sys.stderr)
+        print(f"error: {error}; the same command tries this again, and then goes on", file=sys.stderr)
         return 1

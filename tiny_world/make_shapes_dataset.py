@@ -141,10 +141,10 @@ def write_prompts(path: str | Path, captions: str, world: str = "shapes") -> Non
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(WORLDS[world].captions[captions]()) + "\n", encoding="utf-8")
+        with write_aside(path) as aside:
+            aside.write_text("\n".join(WORLDS[world].captions[captions]()) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--{captions}_prompts {path} cannot be written ({error}); name another file.") from error
+        raise UserError(f"prompts cannot be written to {path} ({error}); name another file.") from error
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """Images in the folders and under the names that published scorers expect, and the commands that run them."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def export(kind: str, images: Sequence[Path], prompts: Sequence[str], folder: Pa
     images_of: dict[str, list[Path]] = {}
     for image, prompt in zip(images, prompts, strict=True):
         images_of.setdefault(prompt, []).append(image)
-    place = folder.resolve()
+    place = shlex.quote(str(folder.resolve()))
     if kind == "t2i-compbench":
         (folder / "samples").mkdir(parents=True)
         # Prompt by prompt, as the scorers count: the merging of three scores expects ten images of each in a row.
@@ -77,7 +78,7 @@ def export(kind: str, images: Sequence[Path], prompts: Sequence[str], folder: Pa
         samples = folder / f"{number:05d}" / "samples"
         samples.mkdir(parents=True)
         (samples.parent / "metadata.jsonl").write_text(json.dumps(row))
-        for index, image in enumerate(images_of.get(" ".join(row["prompt"].split()), [])):
+        for index, image in enumerate(images_of[" ".join(filter(None, map(str.strip, row["prompt"].splitlines())))]):
             shutil.copy(image, samples / f"{index:04d}.png")
     return (
         "# in a checkout of https://github.com/djghosh13/geneval, set up as its README says:\n"

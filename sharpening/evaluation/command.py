@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sharpening.errors import NO_ROOM, UserError, reason, require
 from sharpening.evaluation import blind_study, comparison, drawing, html_report, report
 from sharpening.evaluation.benchmark_export import check_export, export, read_geneval_metadata
 from sharpening.evaluation.flags import Model, Options
@@ -31,11 +33,24 @@ def evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
         load_reward: `reward.load_reward`.
 
     Raises:
-        UserError: a model, a reward or a set of prompts that cannot be loaded.
+        UserError: a model, a reward or a set of prompts that cannot be loaded, or a folder that cannot be written.
     """
+    try:
+        return _evaluate(options, load_reward)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f"--output_dir {options.output_dir} has no room left ({reason(error)}); free space, then give the same "
+            "command, which draws only what is missing"
+        ) from error
+
+
+def _evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
     metadata = read_geneval_metadata(Path(options.prompts)) if options.export == "geneval" else []
-    distinct = load_prompt_set(options.prompts, "prompt" if metadata else "text", options.cache_dir)
+    distinct = load_prompt_set(options.prompts, "prompt" if metadata else options.caption_column, options.cache_dir)
     check_export(options.export, distinct, options.num_images)
+    make_folder(options.output_dir)
     prompts = [distinct[index % len(distinct)] for index in range(options.num_images)]
     device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     specs = dict.fromkeys([options.reward_model, *options.metrics])
@@ -76,6 +91,19 @@ def evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
         )
         print(f"python scripts/evaluate.py --votes FILE... --output_dir {options.output_dir}")
     return 0
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that may be written into.
+
+    Raises:
+        UserError: naming `--output_dir`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made ({reason(error)}); name another folder") from error
+    require(os.access(folder, os.W_OK), f"--output_dir {folder} may not be written into; name another folder")
 
 
 def short_names(rewards: dict[str, Reward]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sharpening.errors import require
+from sharpening.errors import UserError, require
 from sharpening.evaluation.benchmark_export import KINDS
 from sharpening.files import LORA_FILE, MODEL_MARKERS, looks_local
 from sharpening.flags import Flag, parse
@@ -22,6 +22,7 @@ FLAGS = (
         metavar="NAME=PATH[@SEARCH]",
     ),
     Flag("prompts", "a file, or shapes, drawbench, partiprompts, t2i-compbench:SPLIT", required=True),
+    Flag("caption_column", "of the prompts in a csv or jsonl file", default="text"),
     Flag(
         "metrics",
         "rewards that were not trained on, such as blip_vqa, t2i_spatial, clip_non_spatial and t2i_complex, those of "
@@ -37,7 +38,7 @@ FLAGS = (
     Flag("batch_size", "images per forward", int, 4, "[1, inf)"),
     Flag("export", "also lay the images out for a published scorer, and print its commands", choices=KINDS),
     Flag("grid_images", "prompts in the grid", int, 18, "[1, inf)"),
-    Flag("seed", "first seed, apart from those of training", int, 1_000_000),
+    Flag("seed", "first seed, apart from those of training", int, 1_000_000, "[0, 4294967295]"),
     Flag("cache_dir", "where models and grades are cached"),
 )
 STUDY_FLAGS = (
@@ -73,6 +74,7 @@ class Options:
 
     models: list[Model]
     prompts: str
+    caption_column: str
     metrics: list[str]
     output_dir: Path
     num_images: int
@@ -109,8 +111,12 @@ def parse_args(
     values = vars(parse(description, {"evaluation": FLAGS, "user study": STUDY_FLAGS, "reward": reward_flags}, argv))
     values["models"] = [parse_model(entry) for entry in values["models"]]
     values["metrics"] = values["metrics"] or []
-    for spec in (values["reward_model"], *values["metrics"]):
-        check_reward_flags({**values, "reward_model": spec})
+    check_reward_flags(values)
+    for spec in values["metrics"]:
+        try:
+            check_reward_flags({**values, "reward_model": spec})
+        except UserError as error:  # it speaks of the flag that rewards are named by elsewhere
+            raise UserError(str(error).replace("--reward_model", "--metrics")) from error
     own = {flag.name: values[flag.name] for flag in FLAGS}
     options = Options(
         **own, blind=values["blind"], reward_model=values["reward_model"], reward_options=reward_options(values)
@@ -164,9 +170,12 @@ def parse_model(entry: str) -> Model:
     """
     name, separator, source = entry.partition("=")
     require(bool(name and separator and source), f"--models {entry} must be NAME=PATH")
-    require(name.isidentifier(), f"--models {name}=...: the name becomes a folder; use letters, digits and _")
-    path, at, search = source.partition("@")
-    if at:
+    require(
+        name.isidentifier(),
+        f"--models {name}=...: the name becomes a folder; use letters, digits and _, and a letter first",
+    )
+    path, _, search = (source, "", "") if Path(source).expanduser().exists() else source.partition("@")
+    if search:
         from sharpening.evaluation.search import parse as parse_search  # imports torch
 
         parse_search(search)

@@ -37,10 +37,13 @@ def load_prompt_set(name: str, column: str = "text", cache_dir: str | None = Non
                 f"--prompts {name} is neither a file nor a set{did_you_mean(name, NAMES)}; give a text file with a "
                 f"prompt on each line, or one of {', '.join(NAMES)}"
             )
-        loaded = load_prompts(
-            prompts_file=name, dataset_name=None, dataset_config_name=None, train_data_dir=None,
-            caption_column=column, max_train_samples=None, seed=0, cache_dir=cache_dir,
-        )  # fmt: skip
+        try:
+            loaded = load_prompts(
+                prompts_file=name, dataset_name=None, dataset_config_name=None, train_data_dir=None,
+                caption_column=column, max_train_samples=None, seed=0, cache_dir=cache_dir,
+            )  # fmt: skip
+        except UserError as error:  # it speaks of the flag that the training scripts have
+            raise UserError(str(error).replace("--prompts_file", "--prompts")) from error
         return list(loaded.dataset["prompt"])
     import datasets
 

@@ -117,8 +117,9 @@ def write_grid(images: Mapping[str, Tensor], prompts: Sequence[str], path: Path)
         strip = make_grid(strip, nrow=len(strip), padding=gap, pad_value=1)  # white, around the images too
         axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
         title = textwrap.fill(prompt, 22 * len(images), max_lines=2, placeholder=" ...")  # as wide as its strip
-        axis.set_title(title, fontsize=7)
+        axis.set_title(title, fontsize=7, parse_math=False)
     figure.suptitle(f"same noise, from left to right: {', '.join(images)}", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with write_aside(path) as aside:
+        figure.savefig(aside, dpi=150, format="png")
     pyplot.close(figure)

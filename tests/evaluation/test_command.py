@@ -43,6 +43,13 @@ def test_summary_scores_and_table_agree(evaluate, folder, tmp_path, capsys):
         assert grid.width > 1000 and len(grid.convert("RGB").getcolors(1 << 24)) > 100
 
 
+def test_prompts_may_hold_what_a_figure_would_take_for_a_formula(evaluate, folder, tmp_path):
+    (tmp_path / "dollars.txt").write_text("a bill of $5^ beside $_$\n")
+    prompts = tmp_path / "dollars.txt"
+    evaluate(*both(folder), prompts=prompts, reward_model="jpeg_compressibility", num_images=1)
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_metrics_of_t2i_compbench(evaluate, folder, tiny_blip_vqa, tiny_clip, tmp_path):
     blip_vqa, clip = f"blip_vqa:{tiny_blip_vqa}", f"clip_non_spatial:{TINY}/{tiny_clip[0]}"
     summary = evaluate(*both(folder), metrics=[blip_vqa, clip])

@@ -8,6 +8,7 @@ import pytest
 
 from scripts.evaluate import main
 from sharpening.errors import UserError
+from sharpening.evaluation.flags import parse_model
 from tests.support.runs import ROOT
 
 BAD = {
@@ -27,7 +28,9 @@ BAD = {
     "no image": (["--models", "a={0}", "--num_images=0"], "--num_images is 0"),
     "negative guidance": (["--models", "a={0}", "--guidance_scale=-1"], "--guidance_scale is -1"),
     "unknown reward": (["--models", "a={0}", "--reward_model=nothing"], "--reward_model"),
-    "unknown metric": (["--models", "a={0}", "--metrics", "nothing"], "nothing"),
+    "unknown metric": (["--models", "a={0}", "--metrics", "nothing"], "--metrics nothing is unknown"),
+    "a name that begins with a digit": (["--models", "7b={0}"], "and a letter first"),
+    "negative seed": (["--models", "a={0}", "--seed=-1"], "--seed is -1"),
     "missing prompts": (["--models", "a={0}", "--prompts=missing.txt"], "--prompts missing.txt"),
     "a study of one model": (["--models", "a={0}", "--blind=3"], "--blind needs two models"),
     "more pairs than images": (
@@ -47,6 +50,34 @@ def test_bad_input_names_the_flag(case, folder, tmp_path):
         main(["--output_dir", str(tmp_path), "--prompts=shapes", "--reward_model=shapes", *flags])
     assert re.search(said, str(caught.value)) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_without_the_column_name_the_flags_of_the_command(folder, tmp_path):
+    (tmp_path / "mine.csv").write_text("prompt\na red circle on a white background\n")
+    flags = ["--output_dir", str(tmp_path / "out"), f"--prompts={tmp_path}/mine.csv", "--reward_model=shapes"]
+    with pytest.raises(UserError, match=r"--prompts \S+ has no 'text' in row 1.*--caption_column"):
+        main([*flags, f"--models=a={folder}/model0"])
+
+
+def test_folder_that_cannot_be_made_is_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "file").touch()
+    flags = [f"--output_dir={tmp_path}/file/out", "--prompts=shapes", "--reward_model=shapes"]
+    with pytest.raises(UserError, match=r"--output_dir \S+ cannot be made"):
+        main([*flags, "--models=a=owner/model"])
+
+
+def test_disk_without_room_is_one_sentence(folder, tmp_path, file_limit):
+    flags = [f"--output_dir={tmp_path}/out", "--prompts=shapes", "--reward_model=shapes", "--num_images=2"]
+    flags += [f"--models=a={folder}/model0", "--num_inference_steps=1", "--guidance_scale=1"]
+    with file_limit(500), pytest.raises(UserError, match=r"--output_dir \S+ has no room left \(.*free space, then"):
+        main(flags)
+    assert not list((tmp_path / "out").rglob("*.partial")) and main(flags) == 0
+
+
+def test_path_may_hold_an_at_sign(folder, tmp_path):
+    (tmp_path / "me@lab").symlink_to(folder / "model0")
+    model = parse_model(f"a={tmp_path}/me@lab")
+    assert (model.path, model.search) == (f"{tmp_path}/me@lab", None)
 
 
 def test_script_runs_as_a_plain_file_from_anywhere(tmp_path):

@@ -120,6 +120,8 @@ def test_picture_draws_the_curves_that_it_is_told(command, tmp_path, capsys):
         assert image.width > 400
     assert command(new, *words, "--curves", "reward/meen") == 2
     assert "--curves reward/meen: no run has it; there are " in capsys.readouterr().err
+    assert command(new, *words[:2], "--curves", "reward/mean") == 2
+    assert "--curves are those of --picture; add it" in capsys.readouterr().err
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     assert command(tmp_path / "bare", *words) == 2

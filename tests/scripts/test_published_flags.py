@@ -2,7 +2,9 @@
 
 import importlib
 import math
+import os
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,38 @@ def test_quickstart_parses(method, parse_args, tmp_path, monkeypatch):
     assert (args.train_batch_size, args.seed, args.reward_model) == (24, 0, "shapes")
     if method == "RLHF":
         assert (args.reward_on, args.latents_per_prompt, args.branch_noise) == ("sample", "n", "shared")
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """A function of a quickstart's flags: how it begins, and what it will judge by, a line each."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").touch()
+    text = """set -euo pipefail
+install() { :; }
+source scripts/quickstart_common.sh
+begin quickstart "$@"
+printf '%s\\n' "$BASE" "$REWARD" "trains: $TRAINS" "${REWARD_FLAGS[@]}"
+"""
+    environment = {**os.environ, "VENV": str(tmp_path / "venv"), "OUTPUT_DIR": str(tmp_path / "out")}
+
+    def run(*flags):
+        command = ["bash", "-c", text, "quickstart", *flags]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_quickstart_judges_by_the_reward_that_it_was_given(begin):
+    flags = ["--reward_model", "mllm", "--base_url=http://localhost:1", "--mllm_score=mean", "--max_train_steps=3"]
+    said = begin(*flags, "--use_lora", "--pretrained_model_name_or_path=mine").stdout.splitlines()
+    assert said == ["mine", "mllm", "trains: yes", "--base_url=http://localhost:1", "--mllm_score=mean"]
+    assert begin("--dry_run").stdout.splitlines()[:3] == ["tiny_world/sdxl", "shapes", "trains: "]
+
+
+def test_quickstart_refuses_a_folder_that_it_does_not_choose(begin, tmp_path):
+    refused = begin("--output_dir=elsewhere")
+    assert refused.returncode == 2 and "OUTPUT_DIR=FOLDER" in refused.stderr
+    (tmp_path / "out").mkdir()
+    refused = begin()
+    assert refused.returncode == 2 and f"{tmp_path / 'out'} already exists" in refused.stderr

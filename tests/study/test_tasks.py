@@ -46,8 +46,17 @@ def test_a_failure_names_the_log_and_lets_the_others_end(tmp_path, capsys):
     assert not (tmp_path / "bad" / "finished.json").exists() and (tmp_path / "good" / "finished.json").exists()
 
 
+WORK = {
+    "one after the other": 'tasks.once(folder / "0", [[folder / "sleep.py"]], fresh=[])',
+    "side by side": """tasks.in_parallel(
+    1, {str(i): lambda i=i: tasks.once(folder / str(i), [[folder / "sleep.py"]], fresh=[]) for i in range(5)}, "train"
+)""",
+}
+
+
+@pytest.mark.parametrize("work", WORK.values(), ids=WORK)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interruption_stops_what_runs_and_drops_what_waits(number, tmp_path):
+def test_an_interruption_stops_what_runs_and_drops_what_waits(number, work, tmp_path):
     """A study of tasks that sleep: after the signal nothing goes on, not even a process of its own."""
     (tmp_path / "sleep.py").write_text(
         f"import os, time; open({str(tmp_path)!r} + f'/pid{{os.getpid()}}', 'w').close(); time.sleep(60)"
@@ -59,8 +68,7 @@ import sys
 from pathlib import Path
 from study import tasks
 folder = Path({str(tmp_path)!r})
-work = {{str(i): lambda i=i: tasks.once(folder / str(i), [[folder / "sleep.py"]], fresh=[]) for i in range(5)}}
-sys.exit(tasks.politely(lambda: tasks.in_parallel(1, work, "train")))
+sys.exit(tasks.politely(lambda: {work}))
 """
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
