@@ -139,10 +139,10 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
     prompts = args.train_batch_size * args.gradient_accumulation_steps
     n, m = args.num_noisy_latents, args.trajectory_nums
     latents = prompts * (n if args.latents_per_prompt == "n" else 1) / args.generation_reuse
-    guided = 1 if args.branch_guidance_scale == 1 else 2
+    guided = run_flags.guided_rows(args.branch_guidance_scale)
     along_branches = args.reward_on == "trajectory"
     return {
-        "generate": latents * args.infer_steps * (1 if args.guidance_scale == 1 else 2),
+        "generate": latents * args.infer_steps * run_flags.guided_rows(args.guidance_scale),
         "score": prompts * (n * m if along_branches else 2 * (m - 1 if one_forward_trains(args) else m)) * guided,
         "reference": 2 * prompts * (m if args.reference_steps == "all" else 1),
         "train": 2 * prompts * m * (guided if args.backprop_through_sampler else 1),

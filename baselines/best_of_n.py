@@ -65,14 +65,14 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
     """
     prompts = args.train_batch_size * args.gradient_accumulation_steps
     samples = prompts * args.num_noisy_latents if args.samples_of == "own" else 0
-    guided = 1 if args.guidance_scale == 1 else 2
-    return {"generate": samples * args.infer_steps * guided, "train": prompts, "decode": samples}
+    generated = samples * args.infer_steps * run_flags.guided_rows(args.guidance_scale)
+    return {"generate": generated, "train": prompts, "decode": samples}
 
 
 def rows_before(args: argparse.Namespace, prompts: int) -> dict[str, float]:
     """Rows that drawing and judging all sets of all prompts takes, over all processes."""
     samples = prompts * args.sets * args.num_noisy_latents if args.samples_of == "base" else 0
-    return {"generate": samples * args.infer_steps * (1 if args.guidance_scale == 1 else 2), "decode": samples}
+    return {"generate": samples * args.infer_steps * run_flags.guided_rows(args.guidance_scale), "decode": samples}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -96,8 +96,8 @@ def main(args: argparse.Namespace) -> int:
     facts = {"samples": f"best of n = {n}, of {args.samples_of}"}
     if of_base:
         facts["drawn once"] = f"{before['generate']:g} rows to generate, {before['decode']:g} decodes, in all"
-    frozen = of_base and not args.use_lora
-    plan.settle(len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, frozen=frozen)
+    copied = of_base and not args.use_lora
+    plan.settle(len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, frozen=copied)
     if args.dry_run:
         return 0
 

@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """
     args = run_flags.parse_run(__doc__.splitlines()[0], FLAGS, argv)
     check_reward_flags(vars(args))
-    n, steps, rows = args.num_noisy_latents, args.infer_steps, 2 * guided_rows(args)
+    n, steps, rows = args.num_noisy_latents, args.infer_steps, 2 * run_flags.guided_rows(args.guidance_scale)
     require(n >= 2, f"--num_noisy_latents is {n}, but a pair needs 2 paths or more; raise it")
     require(steps >= 2, f"--infer_steps is {steps}, but the last step of a path is not trained on; raise it")
     require(args.train_rows >= rows, f"--train_rows is {args.train_rows}, but a pair has {rows} rows; raise it")
@@ -66,16 +66,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def guided_rows(args: argparse.Namespace) -> int:
-    """Rows of the UNet for each state: 2 with guidance."""
-    return 1 if args.guidance_scale == 1 else 2
-
-
 def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
     """Rows that one process puts through the UNet in an optimizer step, by purpose, and through the decoder: with P
     prompts and n samples of T steps, P n T to generate and 2 P (T - 1) each for the reference and to train, all of
     them twice with guidance."""
-    prompts, guided = args.train_batch_size * args.gradient_accumulation_steps, guided_rows(args)
+    prompts = args.train_batch_size * args.gradient_accumulation_steps
+    guided = run_flags.guided_rows(args.guidance_scale)
     samples, trained = prompts * args.num_noisy_latents, 2 * prompts * (args.infer_steps - 1) * guided
     generated = samples * args.infer_steps * guided
     return {"generate": generated, "reference": trained, "train": trained, "decode": samples}
@@ -116,8 +112,8 @@ def main(args: argparse.Namespace) -> int:
     n, trained_steps = args.num_noisy_latents, args.infer_steps - 1
     prompts_per_step = args.train_batch_size * args.gradient_accumulation_steps
     facts = {"paths": f"best and worst of n = {n} of {args.infer_steps} steps per prompt, {trained_steps} trained on"}
-    frozen = not args.use_lora
-    plan.settle(len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, frozen=frozen)
+    copied = not args.use_lora
+    plan.settle(len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, frozen=copied)
     if args.dry_run:
         return 0
 
@@ -197,7 +193,8 @@ def main(args: argparse.Namespace) -> int:
         decided = selection.decided.repeat_interleave(trained_steps)  # (P * (T - 1),); the others have no preference
         rewards = selection.branch_reward.flatten()[rows].view(-1, 2).repeat_interleave(trained_steps, 0)
         counts = upload(decided, device)
-        parts = of_pairs.split(args.train_rows // (2 * guided_rows(args)) * 2)  # a loss of whole pairs
+        guided = run_flags.guided_rows(args.guidance_scale)
+        parts = of_pairs.split(args.train_rows // (2 * guided) * 2)  # a loss of whole pairs
         with torch.no_grad(), run.phase("reference"), reference.unet() as frozen, accelerator.autocast():
             reference_outputs = [sdxl.predict_guided(frozen, *part[:3], *guidance) for part in parts]
         first = 0

@@ -72,7 +72,7 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
 def rows_before(args: argparse.Namespace, prompts: int) -> dict[str, float]:
     """Rows that drawing and judging all sets of all prompts takes, over all processes and rounds."""
     samples = prompts * args.sets * args.num_noisy_latents * args.rounds
-    return {"generate": samples * args.infer_steps * (1 if args.guidance_scale == 1 else 2), "decode": samples}
+    return {"generate": samples * args.infer_steps * run_flags.guided_rows(args.guidance_scale), "decode": samples}
 
 
 def dpo_loss(beta: float, errors: Tensor, reference_errors: Tensor) -> Preference:
@@ -110,8 +110,8 @@ def main(args: argparse.Namespace) -> int:
         "pairs": f"best and worst of n = {n} samples, {args.sets} sets per prompt, {args.rounds} rounds",
         "drawn once": f"{before['generate']:g} rows to generate, {before['decode']:g} decodes, in all",
     }
-    frozen = not args.use_lora
-    plan.settle(len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, frozen=frozen)
+    copied = not args.use_lora
+    plan.settle(len(prompt_data.dataset), prompt_data.description, rows_per_step(args), facts, frozen=copied)
     rounds, steps = args.rounds, plan.num_steps
     require(rounds <= steps, f"--rounds is {rounds}, but the run has only {steps} optimizer steps; lower it")
     if args.dry_run:

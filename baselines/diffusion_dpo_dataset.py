@@ -94,8 +94,8 @@ def main(args: argparse.Namespace) -> int:
     pairs = load_preference_pairs(**plan.data_options())
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps
     facts = {"pairs": "images of the data set, by its labels; the reward judges validation images alone"}
-    frozen = not args.use_lora
-    plan.settle(len(pairs.dataset), pairs.description, rows_per_step(args), facts, frozen=frozen)
+    copied = not args.use_lora
+    plan.settle(len(pairs.dataset), pairs.description, rows_per_step(args), facts, frozen=copied)
     if args.dry_run:
         return 0
 

@@ -260,6 +260,11 @@ def check_run(args: argparse.Namespace) -> None:
     _check_hardware(args)
 
 
+def guided_rows(guidance_scale: float) -> int:
+    """Rows of the UNet for each state: 2 with guidance."""
+    return 1 if guidance_scale == 1 else 2
+
+
 def check_trajectory(args: argparse.Namespace) -> None:
     """The check of the flags of `TRAJECTORY`.
 

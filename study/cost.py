@@ -56,6 +56,17 @@ def compute_before(script: str, flags: Mapping[str, object], decode: float) -> f
     return _forwards(module.rows_before(args, len(Path(flags["prompts_file"]).read_text().splitlines())), decode)
 
 
+def compute(script: str, flags: Mapping[str, object], decode: float, updates: int) -> float:
+    """Forwards of a row that a run of so many optimizer steps needs."""
+    return compute_before(script, flags, decode) + updates * compute_per_update(script, flags, decode)
+
+
+def updates_within(budget: float, script: str, flags: Mapping[str, object], decode: float, rounds: int = 1) -> int:
+    """Optimizer steps that a script can make for `budget` forwards, at least 2 in each of its rounds."""
+    left = budget - compute_before(script, flags, decode)
+    return rounds * max(2, int(left / compute_per_update(script, flags, decode) / rounds))
+
+
 def _parsed(script: str, flags: Mapping[str, object]) -> tuple[ModuleType, argparse.Namespace]:
     module = import_module(script.replace("/", "."))
     return module, module.parse_args(words({**flags, "output_dir": "none"}))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from study.cost import MODEL, RLHF, SFT, compute_before, compute_per_update
+from study.cost import MODEL, RLHF, SFT, compute, compute_per_update, updates_within
 from study.methods import METHODS, Method, Setting
 from study.settings import COMMON, DATA, IMAGES, PLAIN, SAMPLES, SFT_NAME, SHARPENED, SHOWN_OVER_TIME, Size, short
 
@@ -71,7 +71,7 @@ class Plan:
     """Every run by where it appears, but for those of `Tuning` alone."""
 
     table_1: Mapping[int, Mapping[str, Sequence[Run]]]  # budget -> label -> a run per seed
-    settle: Mapping[tuple[float, str], Sequence[Run]]  # (learning rate, label) -> a run per seed
+    sft_against_fine_tuning: Mapping[tuple[float, str], Sequence[Run]]  # (learning rate, label) -> a run per seed
     sweeps: Sequence[Sweep]
     selection: Mapping[tuple[str, str], Sequence[Run]]  # (label, data) -> a run per seed
     searches: Mapping[str, Sequence[str]]  # label -> specs of increasing cost
@@ -87,7 +87,7 @@ class Plan:
 
     def other_runs(self) -> list[Run]:
         """The runs of all else."""
-        groups = [*self.settle.values(), *self.selection.values()]
+        groups = [*self.sft_against_fine_tuning.values(), *self.selection.values()]
         groups += [runs for sweep in self.sweeps for runs in sweep.runs.values()]
         return list({run.key: run for runs in groups for run in runs}.values())
 
@@ -156,16 +156,15 @@ class Planner:
         """A run of so many `updates` or, if that is 0, as many as `budget` allows; held-out images are drawn in it
         `shown` times."""
         flags = {**(self.of_images if script == SFT else self.of_prompts), **flags}
-        each, before = compute_per_update(script, flags, self.decode), compute_before(script, flags, self.decode)
         rounds = flags.get("rounds", 1)  # each warms up anew
-        updates = updates or rounds * max(2, int((budget - before) / each / rounds))
+        updates = updates or updates_within(budget, script, flags, self.decode, rounds)
         shown = shown or (6 if seed == 0 and name in SHOWN_OVER_TIME else 0)
         flags = {
             "num_validation_images": self.size.validation_images, **flags,
             "lr_warmup_steps": max(1, updates // rounds // 10),
             "validation_steps": max(1, updates // shown) if shown else 0,
         }  # fmt: skip
-        return Run(name, script, updates, seed, flags, before + updates * each)
+        return Run(name, script, updates, seed, flags, compute(script, flags, self.decode, updates))
 
     def per_seed(self, name: str, script: str, seeds: Sequence[int] | None = None, **options: object) -> list[Run]:
         """The same run with each seed; `options` are those of `run`."""
@@ -207,17 +206,17 @@ class Planner:
             }
         return table
 
-    def settle(self) -> dict[tuple[float, str], list[Run]]:
+    def sft_against_fine_tuning(self) -> dict[tuple[float, str], list[Run]]:
         """SFT sharpening against standard fine-tuning, at equal updates and at equal compute."""
-        settle, plain = {}, compute_per_update(SFT, {**self.of_images, **PLAIN}, self.decode)
+        runs, plain = {}, compute_per_update(SFT, {**self.of_images, **PLAIN}, self.decode)
         for rate in self.size.learning_rates:
             name, options = f"sft_{short(rate)}", {"learning_rate": rate, "updates": self.size.updates}
             sharpened = self.per_seed(f"{name}_n3_m3", SFT, **SHARPENED, **options)
-            settle[rate, "SFT sharpening, n = m = 3"] = sharpened
-            settle[rate, "fine-tuning, equal updates"] = self.per_seed(f"{name}_n1_m1", SFT, **PLAIN, **options)
+            runs[rate, "SFT sharpening, n = m = 3"] = sharpened
+            runs[rate, "fine-tuning, equal updates"] = self.per_seed(f"{name}_n1_m1", SFT, **PLAIN, **options)
             options["updates"] = round(sharpened[0].compute / plain)
-            settle[rate, "fine-tuning, equal compute"] = self.per_seed(f"{name}_n1_m1_long", SFT, **PLAIN, **options)
-        return settle
+            runs[rate, "fine-tuning, equal compute"] = self.per_seed(f"{name}_n1_m1_long", SFT, **PLAIN, **options)
+        return runs
 
     def sft(self, n: int, m: int, seeds: Sequence[int], reward: str = "shapes", data: str = "shapes") -> list[Run]:
         """SFT with n branches of m steps."""
@@ -269,4 +268,5 @@ class Planner:
 
 def make_plan(planner: Planner, chosen: Mapping[str, Setting]) -> Plan:
     """All runs of the study but those of its tuning; `chosen` is the setting of every method of table 1."""
-    return Plan(planner.table_1(chosen), planner.settle(), planner.sweeps(), planner.selection(), planner.searches())
+    against = planner.sft_against_fine_tuning()
+    return Plan(planner.table_1(chosen), against, planner.sweeps(), planner.selection(), planner.searches())

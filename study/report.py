@@ -130,7 +130,7 @@ class Report:
         table 1 and of the tuning for it."""
         tables = self._table_1() | self._tuning()
         if not only_first:
-            tables |= self._settle() | self._sweeps() | self._selection() | self._searches()
+            tables |= self._sft_against_fine_tuning() | self._sweeps() | self._selection() | self._searches()
         legend = LEGEND.format(seeds=len(self.size.seeds), images=self.size.images)
         parts, shown = [legend], []
         for title, (header, rows) in tables.items():
@@ -187,10 +187,10 @@ class Report:
         title = f"What was tried at a compute of {min(self.size.budgets) // 1000}k ({self.size.tuning_images} images)"
         return {title: (["method", "setting", "updates", "reward on the tuning prompts", ""], rows)}
 
-    def _settle(self) -> Tables:
+    def _sft_against_fine_tuning(self) -> Tables:
         rates, rows = list(self.size.learning_rates), []
-        for label in dict.fromkeys(label for _, label in self.plan.settle):
-            runs = [self.plan.settle[rate, label] for rate in rates]
+        for label in dict.fromkeys(label for _, label in self.plan.sft_against_fine_tuning):
+            runs = [self.plan.sft_against_fine_tuning[rate, label] for rate in rates]
             spent = [f"{runs[0][0].updates}", f"{runs[0][0].compute / 1000:.0f}k"]
             rows.append([label, *spent, *(signed(self.of(of_rate)) for of_rate in runs)])
         header = ["", "updates", "compute", *(f"lr {rate:g}" for rate in rates)]
@@ -303,8 +303,8 @@ class Report:
         rate = self.size.learning_rates[len(self.size.learning_rates) // 2]
         figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2))
         window = max(1, self.size.updates // 10)
-        for index, label in enumerate(dict.fromkeys(label for _, label in self.plan.settle)):
-            run, colour = self.plan.settle[rate, label][0], f"C{index}"
+        for index, label in enumerate(dict.fromkeys(label for _, label in self.plan.sft_against_fine_tuning)):
+            run, colour = self.plan.sft_against_fine_tuning[rate, label][0], f"C{index}"
             loss = smooth(self.curve(run, "loss"), window)
             axes[0].plot(np.arange(window, window + len(loss)), loss, colour, label=label)
             at, reward = self._validated(run)

@@ -28,7 +28,7 @@ import numpy as np
 from sharpening.files import write_aside
 from sharpening.flags import Flag, parse
 from sharpening.rewards.ocr import check_installed
-from study.cost import ROOT, SFT, compute_before, compute_per_update, decode_cost
+from study.cost import ROOT, SFT, compute, decode_cost, updates_within
 from study.execution import evaluate, study_folder, train_all
 from study.methods import EFFICIENT_RLHF, METHODS, THE_LETTER
 from study.plan import Run
@@ -119,11 +119,10 @@ class Study:
         }  # fmt: skip
         if method.keeps:
             flags["sets"] = self.size.sets
-        each = compute_per_update(method.script, flags, self.decode)
-        before = compute_before(method.script, flags, self.decode)
-        updates = max(2, int((self.size.budget - before) / each))
+        updates = updates_within(self.size.budget, method.script, flags, self.decode)
         flags["lr_warmup_steps"] = max(1, updates // 10)
-        return Run(method.name, method.script, updates, seed, flags, before + updates * each)
+        spent = compute(method.script, flags, self.decode, updates)
+        return Run(method.name, method.script, updates, seed, flags, spent)
 
     def runs(self) -> dict[str, list[Run]]:
         """Label -> a run per seed."""

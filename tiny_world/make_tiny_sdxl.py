@@ -43,7 +43,7 @@ FLAGS = (
     Flag("unet_steps", "training steps of the UNet", int, 2200, "[1, inf)"),
     Flag("threads", "CPU threads; another number rounds sums differently", int, 2, "[1, inf)"),
     Flag("num_images", "how many images to judge it by, twice", int, 400, "[2, inf)"),
-    Flag("grid", "write sample images of all captions here", metavar="PNG"),
+    Flag("grid", "write sample images of all captions here", Path, metavar="PNG"),
 )
 
 
@@ -287,10 +287,16 @@ def main(argv: Sequence[str]) -> int:
     if args.random:
         build_random_sdxl(args.output_dir, args.seed, world=args.world)
         return 0
+    for flag, folder in (("output_dir", args.output_dir), ("grid", args.grid and args.grid.parent)):
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--{flag} cannot be written in {folder} ({error}); name another place.") from error
     torch.set_num_threads(args.threads)
     started = time.perf_counter()
     pipeline = train_sdxl(args.dataset, args.seed, args.vae_steps, args.unet_steps, args.world)
-    save_pipeline(pipeline, args.output_dir)
+    save_pipeline(pipeline, args.output_dir.resolve())
     megabytes = sum(file.stat().st_size for file in args.output_dir.rglob("*") if file.is_file()) / 1e6
     print(f"{args.output_dir}: {megabytes:.2f} MB, trained in {time.perf_counter() - started:.0f} s")
     report(pipeline, args.world, args.num_images, args.grid)

@@ -45,11 +45,9 @@ def test_every_method_is_tuned_alike_and_nothing_is_chosen_by_what_judges(planne
         assert all(prompt not in data.read_text() for prompt in sets["held_out"] | sets["judged"])
 
 
-def test_settling_compares_equal_updates_and_equal_compute(plan):
+def test_sft_and_fine_tuning_are_compared_at_equal_updates_and_at_equal_compute(plan):
     for rate in Size().learning_rates:
-        sharpened, updates, compute = (
-            plan.settle[rate, label][0] for label in dict.fromkeys(n for _, n in plan.settle)
-        )
+        sharpened, updates, compute = (runs[0] for (of, _), runs in plan.sft_against_fine_tuning.items() if of == rate)
         assert sharpened.updates == updates.updates < compute.updates
         assert compute.compute == pytest.approx(sharpened.compute, rel=1e-3)
         assert {run.flags["learning_rate"] for run in (sharpened, updates, compute)} == {rate}
@@ -70,7 +68,7 @@ def test_sweeps_vary_one_flag_at_equal_updates(plan):
 def test_only_what_is_shown_over_time_is_validated_in_training(plan):
     validated = {run.key for run in plan.other_runs() if run.flags["validation_steps"]}
     rate = IMAGES["learning_rate"]
-    shown = {runs[0].key for (of, _), runs in plan.settle.items() if of == rate}
+    shown = {runs[0].key for (of, _), runs in plan.sft_against_fine_tuning.items() if of == rate}
     assert validated == shown and len(shown) == 3
     validated = {run.key for run in plan.first_runs() if run.flags["validation_steps"]}
     assert validated == {runs[0].key for runs in plan.largest.values()}
