@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sharpening.errors import require
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 MODEL_MARKERS = ("model_index.json", LORA_FILE)  # what makes a folder a pipeline, or a LoRA adapter, for diffusers too
 
@@ -14,6 +16,19 @@ MODEL_MARKERS = ("model_index.json", LORA_FILE)  # what makes a folder a pipelin
 def looks_local(name: str) -> bool:
     """Whether a model or dataset name can only be a path: hub ids are `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Refuse a folder into which no file can be written; it need not exist yet.
+
+    Raises:
+        UserError: naming `--flag`.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(
+        nearest.is_dir() and os.access(nearest, os.W_OK),
+        f"--{flag}: {folder} cannot be written into ({nearest} is no folder or may not be changed); name another folder",
+    )
 
 
 @contextmanager

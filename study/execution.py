@@ -21,8 +21,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sharpening.errors import UserError, reason, require
-from sharpening.files import write_aside
+from sharpening.errors import UserError, require
+from sharpening.files import check_writable, write_aside
 from sharpening.flags import Flag, parse
 from study.cost import MODEL, ROOT, decode_cost, words
 from study.methods import EFFICIENT_RLHF, ON_IMAGES, Setting
@@ -125,10 +125,8 @@ def study_folder(folder: Path, size: Size) -> Iterator[None]:
         not settings.is_file() or settings.read_text() == described,
         f"--output_dir {folder} holds a study of another size; name another folder",
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be made ({reason(error)}); name another folder") from error
+    check_writable("output_dir", folder)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)

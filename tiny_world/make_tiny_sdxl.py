@@ -29,6 +29,7 @@ from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 from sharpening.errors import UserError, exit_status, require
+from sharpening.files import check_writable, write_aside
 from sharpening.flags import Flag, parse
 from tiny_world.tiny_sdxl import SIZE, build_random_sdxl, make_pipeline, save_pipeline
 from tiny_world.worlds import WORLDS
@@ -254,7 +255,8 @@ def reconstruction_score(vae: AutoencoderKL, world: str = "shapes") -> float:
 def write_grid(path: str | Path, images: np.ndarray, columns: int, scale: int = 2) -> None:
     """Save images `(N, H, W, 3)` in [0, 1] as one PNG, `columns` to a row, each pixel enlarged `scale` times."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    save_image(F.interpolate(pixels, scale_factor=scale), path, nrow=columns, padding=0)
+    with write_aside(Path(path)) as aside:
+        save_image(F.interpolate(pixels, scale_factor=scale), aside, format="png", nrow=columns, padding=0)
 
 
 def report(pipeline: StableDiffusionXLPipeline, world: str, num_images: int, grid: str | Path | None = None) -> None:
@@ -287,12 +289,9 @@ def main(argv: Sequence[str]) -> int:
     if args.random:
         build_random_sdxl(args.output_dir, args.seed, world=args.world)
         return 0
-    for flag, folder in (("output_dir", args.output_dir), ("grid", args.grid and args.grid.parent)):
-        try:
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--{flag} cannot be written in {folder} ({error}); name another place.") from error
+    check_writable("output_dir", args.output_dir)
+    if args.grid:
+        check_writable("grid", args.grid.parent)
     torch.set_num_threads(args.threads)
     started = time.perf_counter()
     pipeline = train_sdxl(args.dataset, args.seed, args.vae_steps, args.unet_steps, args.world)

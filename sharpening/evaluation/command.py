@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sharpening.errors import NO_ROOM, UserError, reason, require
+from sharpening.errors import NO_ROOM, UserError, reason
 from sharpening.evaluation import blind_study, comparison, drawing, html_report, report
 from sharpening.evaluation.benchmark_export import check_export, export, read_geneval_metadata
 from sharpening.evaluation.flags import Model, Options
 from sharpening.evaluation.prompt_sets import load_prompt_set
+from sharpening.files import check_writable
 from sharpening.progress import progress
 from sharpening.rewards.calling import Reward, RewardError
 
@@ -50,7 +50,7 @@ def _evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
     metadata = read_geneval_metadata(Path(options.prompts)) if options.export == "geneval" else []
     distinct = load_prompt_set(options.prompts, "prompt" if metadata else options.caption_column, options.cache_dir)
     check_export(options.export, distinct, options.num_images)
-    make_folder(options.output_dir)
+    check_writable("output_dir", options.output_dir)
     prompts = [distinct[index % len(distinct)] for index in range(options.num_images)]
     device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     specs = dict.fromkeys([options.reward_model, *options.metrics])
@@ -91,19 +91,6 @@ def _evaluate(options: Options, load_reward: Callable[..., Reward]) -> int:
         )
         print(f"python scripts/evaluate.py --votes FILE... --output_dir {options.output_dir}")
     return 0
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder that may be written into.
-
-    Raises:
-        UserError: naming `--output_dir`.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be made ({reason(error)}); name another folder") from error
-    require(os.access(folder, os.W_OK), f"--output_dir {folder} may not be written into; name another folder")
 
 
 def short_names(rewards: dict[str, Reward]) -> dict[str, str]:

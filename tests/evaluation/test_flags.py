@@ -59,10 +59,10 @@ def test_prompts_without_the_column_name_the_flags_of_the_command(folder, tmp_pa
         main([*flags, f"--models=a={folder}/model0"])
 
 
-def test_folder_that_cannot_be_made_is_refused_before_a_model_is_loaded(tmp_path):
+def test_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path):
     (tmp_path / "file").touch()
     flags = [f"--output_dir={tmp_path}/file/out", "--prompts=shapes", "--reward_model=shapes"]
-    with pytest.raises(UserError, match=r"--output_dir \S+ cannot be made"):
+    with pytest.raises(UserError, match=r"--output_dir: \S+ cannot be written into"):
         main([*flags, "--models=a=owner/model"])
 
 

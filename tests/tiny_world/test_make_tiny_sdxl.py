@@ -93,6 +93,16 @@ def test_nonsense_flags_are_refused(flags, said, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("flag", ["output_dir", "grid"])
+def test_place_that_cannot_be_written_is_refused_before_training(flag, tmp_path):
+    (tmp_path / "file").touch()
+    places = {"output_dir": tmp_path / "new", "grid": tmp_path / "grid.png", flag: tmp_path / "file" / "in"}
+    if flag == "grid":
+        places["grid"] = tmp_path / "file" / "in" / "grid.png"
+    with pytest.raises(UserError, match=f"--{flag}: .* cannot be written into"):
+        main(["--dataset=nowhere", *(f"--{name}={place}" for name, place in places.items())])
+
+
 def test_a_filled_folder_is_refused_and_an_empty_one_is_not(tmp_path):
     (tmp_path / "precious.txt").write_text("keep me")
     with pytest.raises(UserError, match=r"--output_dir .* already holds something; name .* an empty folder"):
