@@ -27,7 +27,7 @@ def check_writable(flag: str, folder: Path) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     require(
         nearest.is_dir() and os.access(nearest, os.W_OK),
-        f"--{flag}: {folder} cannot be written into ({nearest} is no folder or may not be changed); name another folder",
+        f"--{flag}: {folder} cannot be written into ({nearest} is no folder or is read-only); name another folder",
     )
 
 
