@@ -291,7 +291,7 @@ class Report:
         axis.axhline(WANTED, color="0.8", linewidth=0.8)
         axis.set(
             xlabel="compute, thousand forwards of a row", ylabel=f"held-out reward ({images} images)",
-            title="Table 1 over time, first seed; dashed: the base",
+            title=f"Table 1 over time, first seed; dashed: the base on {self.size.images} images",
         )  # fmt: skip
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
