@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from reward import REWARD_FLAGS, check_reward_flags, load_reward, reward_options
 from sharpening import flags
 from sharpening.errors import exit_status, require
-from sharpening.run_flags import NOISING, RUN_FLAGS, SELECTION, TRAJECTORY, parse_run
+from sharpening.run_flags import NOISING, RUN_FLAGS, SELECTION, TRAJECTORY, guided_rows, parse_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ def rows_per_step(args: argparse.Namespace) -> dict[str, float]:
     """
     prompts = args.train_batch_size * args.gradient_accumulation_steps
     n, m = args.num_noisy_latents, args.trajectory_nums
-    guided = 1 if args.branch_guidance_scale == 1 else 2
+    guided = guided_rows(args.branch_guidance_scale)
     return {
         "score": prompts * (n * m if n > 1 else m - 1) * guided,
         "train": prompts * m * (guided if args.backprop_through_sampler else 1),

@@ -24,10 +24,10 @@ def check_writable(flag: str, folder: Path) -> None:
     Raises:
         UserError: naming `--flag`.
     """
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     require(
         nearest.is_dir() and os.access(nearest, os.W_OK),
-        f"--{flag}: {folder} cannot be written into ({nearest} is no folder or is read-only); name another folder",
+        f"--{flag} {folder} cannot be written, because {nearest} is not a writable folder; choose another",
     )
 
 

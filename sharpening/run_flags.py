@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sharpening.errors import require
-from sharpening.files import looks_local
+from sharpening.files import check_writable, looks_local
 from sharpening.flags import Flag, Groups, parse
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -356,14 +356,7 @@ def _check_output(args: argparse.Namespace) -> None:
     require(
         args.hub_model_id is None or args.push_to_hub, "--hub_model_id has no effect without --push_to_hub; add it"
     )
-    output = Path(args.output_dir)
-    existing = output
-    while not existing.exists():
-        existing = existing.parent
-    require(
-        existing.is_dir() and os.access(existing, os.W_OK),
-        f"--output_dir {output} cannot be written, because {existing} is not a writable folder; choose another",
-    )
+    check_writable("output_dir", Path(args.output_dir))
     resume = args.resume_from_checkpoint
     require(
         resume in (None, "latest") or Path(resume).is_dir(),

@@ -50,9 +50,9 @@ def compute_per_update(script: str, flags: Mapping[str, object], decode: float) 
 
 def compute_before(script: str, flags: Mapping[str, object], decode: float) -> float:
     """Forwards of a row to draw and to judge what a script keeps for its whole run."""
-    module, args = _parsed(script, flags)
     if script not in (DPO, BEST_OF_N):
         return 0
+    module, args = _parsed(script, flags)
     return _forwards(module.rows_before(args, len(Path(flags["prompts_file"]).read_text().splitlines())), decode)
 
 

@@ -62,7 +62,7 @@ def test_prompts_without_the_column_name_the_flags_of_the_command(folder, tmp_pa
 def test_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path):
     (tmp_path / "file").touch()
     flags = [f"--output_dir={tmp_path}/file/out", "--prompts=shapes", "--reward_model=shapes"]
-    with pytest.raises(UserError, match=r"--output_dir: \S+ cannot be written into"):
+    with pytest.raises(UserError, match=r"--output_dir \S+ cannot be written, because \S+ is not a writable folder"):
         main([*flags, "--models=a=owner/model"])
 
 

@@ -99,7 +99,7 @@ def test_place_that_cannot_be_written_is_refused_before_training(flag, tmp_path)
     places = {"output_dir": tmp_path / "new", "grid": tmp_path / "grid.png", flag: tmp_path / "file" / "in"}
     if flag == "grid":
         places["grid"] = tmp_path / "file" / "in" / "grid.png"
-    with pytest.raises(UserError, match=f"--{flag}: .* cannot be written into"):
+    with pytest.raises(UserError, match=f"--{flag} .* cannot be written, because .* is not a writable folder"):
         main(["--dataset=nowhere", *(f"--{name}={place}" for name, place in places.items())])
 
 
